@@ -1,0 +1,182 @@
+"""The jitted steps of classification, as pure functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen as nn
+import jax
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec
+import ml_collections
+import optax
+
+from resnet_jax.data import augment
+from resnet_jax.models.layers import BATCH_AXIS
+from resnet_jax.training import schedules
+from resnet_jax.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+# Data that lies on the devices throughout: images uint8 [N, H, W, C], labels int32 [N], mean and std.
+Resident = dict[str, jax.Array]
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Cross-entropy of each example: logits [N, classes], labels int [N] -> [N], in nats."""
+    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing))
+
+
+def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """How many other classes score at least the label's: [N, classes], int [N] -> int32 [N].
+
+    An example is a top-k error where this is k or more; ties, and so NaNs, count against the network.
+    """
+    score = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    return (~(logits < score)).sum(-1, dtype=jnp.int32) - 1
+
+
+def merge_batch_stats(parts: Any, momentum: float) -> Any:
+    """Running statistics after one step whose batch was worked through in parts, [K, ...] in each leaf.
+
+    Every part started from the same running statistics r and ended at m r + (1 - m) batch. Means average;
+    variances average plus the variance of the parts' means, which is what E[x], E[x^2] of the whole batch give.
+    """
+
+    def merge(stats: dict[str, Any]) -> dict[str, Any]:
+        if "mean" not in stats:
+            return {name: merge(value) for name, value in stats.items()}
+        spread = stats["mean"].var(0) / (1 - momentum)
+        return {"mean": stats["mean"].mean(0), "var": stats["var"].mean(0) + spread}
+
+    return merge(parts)
+
+
+def split_batch(batch: Batch, parts: int, devices: int) -> Batch:
+    """Splits [B, ...] into [parts, B / parts, ...], each device's own examples staying on it."""
+
+    def split(x: jax.Array) -> jax.Array:
+        by_device = x.reshape(devices, parts, x.shape[0] // (devices * parts), *x.shape[1:])
+        return by_device.swapaxes(0, 1).reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+    return jax.tree.map(split, batch)
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformationExtraArgs,
+    config: ml_collections.ConfigDict,
+    total_steps: int,
+    devices: int = 1,
+) -> Callable[[TrainState, Batch, Resident], tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds the training step, to be jitted over a mesh (``jax.set_mesh``).
+
+    Args:
+      model: the network.
+      optimizer: of ``make_optimizer``.
+      config: the whole config.
+      total_steps: length of the training, for the schedule.
+      devices: how many the batch is split over.
+
+    Returns:
+      ``step(state, {"index", "epoch"}, resident) -> state, metrics``; index and epoch are int32 [B]. Metrics
+      are scalars: ``loss`` (mean over the batch), ``top1_error`` (%), ``learning_rate`` and ``gradient_norm``.
+    """
+    schedule = schedules.make_schedule(config.schedule, total_steps)
+    parts = config.optimizer.accumulate
+    dropout = getattr(model, "dropout", 0.0)
+
+    def step(state: TrainState, batch: Batch, resident: Resident):
+        seed = jax.random.key(config.seed)
+
+        def forward(params, part, number):
+            images = jnp.take(resident["images"], part["index"], axis=0, mode="clip")
+            labels = jnp.take(resident["labels"], part["index"], axis=0, mode="clip")
+            images = jax.lax.with_sharding_constraint(images, PartitionSpec(BATCH_AXIS))
+            images = augment.normalise(images, resident["mean"], resident["std"])
+            keys = augment.example_keys(seed, part["epoch"], part["index"])
+            images = augment.augment(keys, images, config.data.pad, config.data.flip)
+            key = jax.random.fold_in(jax.random.fold_in(seed, state.step), number)
+            logits, updated = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": key} if dropout else None,
+            )
+            loss = cross_entropy(logits, labels, config.loss.label_smoothing).mean()
+            error = 100 * (label_rank(logits, labels) > 0).mean(dtype=loss.dtype)
+            return loss, (error, updated.get("batch_stats", {}))
+
+        def one_part(_, numbered):
+            (loss, (error, stats)), grads = jax.value_and_grad(forward, has_aux=True)(state.params, *numbered)
+            return None, (loss, error, stats, grads)
+
+        if parts == 1:
+            _, (loss, error, stats, grads) = one_part(None, (batch, 0))
+        else:
+            numbered = (split_batch(batch, parts, devices), jnp.arange(parts))
+            # XLA:CPU runs convolutions many times slower inside a loop.
+            unroll = jax.default_backend() == "cpu"
+            _, (loss, error, stats, grads) = jax.lax.scan(one_part, None, numbered, unroll=unroll)
+            loss, error, grads = jax.tree.map(lambda x: x.mean(0), (loss, error, grads))
+            stats = merge_batch_stats(stats, config.model.batch_norm_momentum)
+
+        rate = schedules.learning_rate(config.schedule, schedule(state.step), state.schedule)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=rate)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if config.optimizer.ema:
+            average = optax.incremental_update(
+                {"params": params, "batch_stats": stats}, average, 1 - config.optimizer.ema
+            )
+        state = TrainState(
+            step=state.step + 1,
+            params=params,
+            batch_stats=stats,
+            opt_state=opt_state,
+            schedule=schedules.after_step(config.schedule, state.schedule, error),
+            average=average,
+        )
+        metrics = {"loss": loss, "top1_error": error, "learning_rate": rate, "gradient_norm": optax.tree.norm(grads)}
+        return state, metrics
+
+    return step
+
+
+def initial_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformationExtraArgs,
+    config: ml_collections.ConfigDict,
+    image_shape: tuple[int, int, int],
+) -> TrainState:
+    """The state before the first step, from ``config.seed``; images are ``image_shape`` (H, W, C)."""
+    variables = model.init(jax.random.key(config.seed), jnp.zeros((1, *image_shape)))
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        schedule=schedules.initial_schedule_state(),
+        # A copy: the state's buffers are donated, and none may be donated twice.
+        average=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
+        if config.optimizer.ema
+        else None,
+    )
+
+
+def make_eval_step(model: nn.Module) -> Callable[[dict[str, Any], Batch, Resident], dict[str, jax.Array]]:
+    """Builds ``step(variables, {"index"}, resident)``: each example's ``loss``, ``rank`` and ``probabilities``."""
+
+    def step(variables: dict[str, Any], batch: Batch, resident: Resident) -> dict[str, jax.Array]:
+        images = jnp.take(resident["images"], batch["index"], axis=0, mode="clip")
+        labels = jnp.take(resident["labels"], batch["index"], axis=0, mode="clip")
+        images = jax.lax.with_sharding_constraint(images, PartitionSpec(BATCH_AXIS))
+        logits = model.apply(variables, augment.normalise(images, resident["mean"], resident["std"]), train=False)
+        return {
+            "loss": cross_entropy(logits, labels),
+            "rank": label_rank(logits, labels),
+            "probabilities": jax.nn.softmax(logits),
+        }
+
+    return step

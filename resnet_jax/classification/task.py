@@ -1,0 +1,135 @@
+"""Classification as a task of the training loop."""
+
+from collections.abc import Callable, Iterator
+import math
+
+import jax
+import ml_collections
+import numpy as np
+
+from resnet_jax import distributed
+from resnet_jax.classification import steps
+from resnet_jax.data.augment import pixel_statistics
+from resnet_jax.data.order import Order, holdout_split
+from resnet_jax.data.sources import Images, load_dataset
+from resnet_jax.errors import UsageError
+from resnet_jax.models.layers import count_groups, storage_dtype
+from resnet_jax.models.registry import create_model
+from resnet_jax.training import schedules
+from resnet_jax.training.optimizer import make_optimizer
+from resnet_jax.training.state import TrainState
+from resnet_jax.training.task import Evaluation
+
+
+class Classification:
+    """Images in classes, small enough to lie on the devices. See ``training.task.Task`` for the interface."""
+
+    objective = "top1_error"
+
+    def __init__(self, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
+        """Reads the data, builds the network and checks that they fit each other and the devices.
+
+        Raises:
+          UsageError: they don't.
+        """
+        self._config, self._mesh = config, mesh
+        parts = config.optimizer.accumulate
+        distributed.check_batch("batch_size", config.batch_size, mesh, parts)
+        count_groups(config.model.batch_norm, config.batch_size // parts)
+
+        self._model_settings()  # Mistakes in the model's name are cheaper to find than the data.
+        dataset = load_dataset(config.data)
+        self.classes = dataset.classes
+        splits = self._split(dataset.train) | {"test": dataset.test}
+        classes = config.model.num_classes or len(dataset.classes)
+        if classes != len(dataset.classes):
+            raise UsageError(
+                f"model.num_classes={classes}, but {config.data.source} has {len(dataset.classes)} classes"
+                f" ({', '.join(dataset.classes[:3])}, ...)"
+            )
+        self._model = create_model(num_classes=classes, **self._model_settings())
+        self._image_shape = splits["train"].images.shape[1:]
+        self._lengths = {name: len(images) for name, images in splits.items()}
+        self._optimizer = make_optimizer(config.optimizer)
+
+        mean, std = pixel_statistics(splits["train"].images, config.data.mean, config.data.std)
+        dtype = storage_dtype(self._model.dtype)
+        statistics = {"mean": mean.astype(dtype), "std": std.astype(dtype)}
+        self._resident = {
+            name: distributed.replicate(mesh, {"images": part.images, "labels": part.labels} | statistics)
+            for name, part in splits.items()
+        }
+        self.resident = self._resident["train"]
+
+        self.name = config.model.name
+        self.validation = "holdout" if config.data.holdout else "test"
+        self.examples_per_step = config.batch_size
+        self.examples_per_epoch = self._lengths["train"]
+        self.total_steps = config.steps or math.ceil(config.epochs * self.examples_per_epoch / config.batch_size)
+        self.train_step = steps.make_train_step(self._model, self._optimizer, config, self.total_steps, mesh.size)
+        self._eval_step = jax.jit(steps.make_eval_step(self._model))
+        shapes = jax.eval_shape(lambda: self._new_state())
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+
+    def _model_settings(self) -> dict:
+        model = self._config.model
+        settings = {
+            "name": model.name,
+            "dtype": model.dtype,
+            "init_fan": model.init_fan,
+            "batch_norm": model.batch_norm,
+            "batch_norm_momentum": model.batch_norm_momentum,
+        }
+        if model.zero_init_last:
+            settings["zero_init_last"] = True
+        create_model(**settings)  # Raises where a name is wrong.
+        return settings
+
+    def _split(self, train: Images) -> dict[str, Images]:
+        held_out = self._config.data.holdout
+        if not held_out:
+            return {"train": train}
+        if held_out >= len(train):
+            raise UsageError(f"data.holdout={held_out} leaves nothing of {len(train)} training images")
+        kept, validation = holdout_split(len(train), held_out)
+        return {"train": train[kept], "holdout": train[validation]}
+
+    def _new_state(self) -> TrainState:
+        return steps.initial_state(self._model, self._optimizer, self._config, self._image_shape)
+
+    def initial_state(self) -> TrainState:
+        return jax.jit(self._new_state, out_shardings=distributed.replicated(self._mesh))()
+
+    def batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
+        order = Order(self._config.seed, self._lengths["train"])
+        step = first_step
+        while True:
+            yield order.batch(step, self._config.batch_size)
+            step += 1
+
+    def evaluate(self, state: TrainState, split: str, poll: Callable[[], None]) -> Evaluation:
+        examples, devices = self._lengths[split], self._mesh.size
+        batch = math.ceil(min(self._config.eval.batch_size, examples) / devices) * devices
+        outputs = []
+        for start in range(0, examples, batch):
+            poll()
+            # The last batch is filled up with its own first example, whose surplus results are cut off below.
+            index = np.arange(start, start + batch, dtype=np.int32)
+            index[index >= examples] = start
+            index = distributed.shard_batch(self._mesh, {"index": index})
+            outputs.append(self._eval_step(state.variables, index, self._resident[split]))
+        joined = {name: np.concatenate([np.asarray(out[name]) for out in outputs])[:examples] for name in outputs[0]}
+        assert len(joined["rank"]) == examples
+        labels = np.asarray(self._resident[split]["labels"])
+        metrics = {
+            "top1_error": 100 * float(np.mean(joined["rank"] >= 1)),
+            "top5_error": 100 * float(np.mean(joined["rank"] >= 5)),
+            "loss": float(np.mean(joined["loss"], dtype=np.float64)),
+            "examples": examples,
+        }
+        index = np.arange(examples, dtype=np.int32)
+        return Evaluation(metrics, {"index": index, "label": labels, "probabilities": joined["probabilities"]})
+
+    def after_evaluation(self, state: TrainState, error: float) -> TrainState:
+        schedule = schedules.after_evaluation(self._config.schedule, state.schedule, error)
+        return state.replace(schedule=distributed.replicate(self._mesh, schedule))

@@ -1,0 +1,300 @@
+"""The config tree: every field, its default, unit and meaning, in one place; and how a config file is read.
+
+A config file is Python with a ``get_config()`` that starts from ``default_config()`` (or, for a variant, from
+``load_config("cifar_20")``) and sets what it needs. ``--config.a.b=value`` overrides a field on the command line.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from resnet_jax.errors import UsageError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One config field; its type is its default's.
+
+    ``recipe`` is whether the field has a part in what is learnt: a run resumes only with the same recipe.
+    """
+
+    name: str
+    default: Any
+    unit: str
+    text: str
+    recipe: bool = True
+
+
+FIELDS = (
+    Field("model.name", "cifar_resnet20", "", "The network: a name of `python -m resnet_jax.summary`."),
+    Field("model.num_classes", 0, "classes", "Length of the logits; 0 takes the data's number of classes."),
+    Field("model.batch_norm", "global", "", "Examples that share BN statistics: global, per_device or group:N."),
+    Field("model.batch_norm_momentum", 0.9, "", "Share of the running statistics that a step keeps (1 - torch's)."),
+    Field("model.dtype", "auto", "", "Compute dtype: auto (bfloat16 on TPU and GPU, else float32), bfloat16, float16,"
+          " float32 or float64."),
+    Field("model.init_fan", "fan_out", "", "He initialisation by fan_out (fb.resnet.torch) or fan_in (Caffe)."),
+    Field("model.zero_init_last", False, "", "Start the last BN scale of each block at zero (residual nets)."),
+    Field("data.source", "digits", "", "Where images come from: digits, cifar or image_folder."),
+    Field("data.name", "", "", "Data set within the source: cifar10 or cifar100 for cifar."),
+    Field("data.dir", "", "path", "Folder or archive of the data; empty where the source can do without.",
+          recipe=False),
+    Field("data.labels", "", "path", "image_folder: text file with one class folder a line, in the order of their"
+          " numbers; empty takes all of them, sorted."),
+    Field("data.holdout", 0, "images", "Training images held out at random (the same for every seed) for validation."),
+    Field("data.image_size", 0, "pixels", "image_folder: resize to squares of this side; 0 takes them as they are."),
+    Field("data.mean", "channel", "", "What is subtracted: pixel (a mean image), channel or none; of the training"
+          " images alone."),
+    Field("data.std", "channel", "", "What images are divided by: channel (of the training images) or none."),
+    Field("data.pad", 0, "pixels", "Zeros on each side (after the mean) before a random crop of the original size."),
+    Field("data.flip", False, "", "Mirror half of the training images, at random."),
+    Field("data.workers", 0, "threads", "Readers of image files; 0 takes one per core.", recipe=False),
+    Field("data.cache_dir", "", "path", "Where decoded and downloaded data is kept; empty: ~/.cache/resnet_jax.",
+          recipe=False),
+    Field("batch_size", 128, "images", "Images a step over all devices together."),
+    Field("epochs", 0.0, "epochs", "Length of the training; this or steps.", recipe=False),
+    Field("steps", 0, "iterations", "Length of the training; this or epochs.", recipe=False),
+    Field("seed", 0, "", "Seed of the initial weights, the order of the images and their augmentation."),
+    Field("loss.label_smoothing", 0.0, "", "Share of the target spread over all classes."),
+    Field("optimizer.momentum", 0.9, "", "SGD's momentum."),
+    Field("optimizer.nesterov", False, "", "Nesterov's momentum."),
+    Field("optimizer.momentum_style", "torch", "", "torch: rate times velocity; caffe: the rate inside the velocity"
+          " (they differ only where the rate changes)."),
+    Field("optimizer.weight_decay", 1e-4, "", "L2 penalty added to the gradient."),
+    Field("optimizer.decay", "all", "", "What decays: all parameters (Caffe, the paper) or kernels only."),
+    Field("optimizer.clip_norm", 0.0, "", "Largest norm of the whole gradient; 0 does not clip."),
+    Field("optimizer.accumulate", 1, "", "Parts a batch is worked through in; gradients are averaged."),
+    Field("optimizer.ema", 0.0, "", "Decay of an average of the weights that is evaluated in their place; 0: none."),
+    Field("schedule.name", "steps", "", "constant, steps, linear, cosine or plateau."),
+    Field("schedule.learning_rate", 0.1, "", "Learning rate after warm-up."),
+    Field("schedule.boundaries", (), "iterations", "steps: where the rate is multiplied by schedule.factor."),
+    Field("schedule.factor", 0.1, "", "steps and plateau: the multiplier."),
+    Field("schedule.end_rate", 0.0, "", "linear and cosine: the final rate, constant after schedule.end_step."),
+    Field("schedule.end_step", 0, "iterations", "linear and cosine: where the final rate is reached; 0: at the end."),
+    Field("schedule.patience", 3, "evaluations", "plateau: so many evaluations without a better error drop the rate."),
+    Field("schedule.threshold", 0.0, "% points", "plateau: what counts as better."),
+    Field("schedule.warmup_steps", 0, "iterations", "Linear warm-up from zero to the rate."),
+    Field("schedule.warmup_rate", 0.01, "", "The rate until schedule.warmup_error is reached (section 4.2)."),
+    Field("schedule.warmup_error", 0.0, "%", "Hold schedule.warmup_rate until the training error (averaged over about"
+          " the last 20 steps) is below this; 0: off."),
+    Field("eval.every", 0, "iterations", "Evaluate so often; 0: only at the end."),
+    Field("eval.batch_size", 1000, "images", "Images a step in evaluation.", recipe=False),
+    Field("eval.protocol", "center", "", "Test protocol: center (one view of each image).", recipe=False),
+    Field("checkpoint.every", 0, "iterations", "Save so often; 0: by time alone.", recipe=False),
+    Field("checkpoint.minutes", 10.0, "minutes", "Save when so much time has passed; 0: by iterations alone.",
+          recipe=False),
+    Field("checkpoint.keep", 1, "", "How many of the latest checkpoints stay (the best one always does).",
+          recipe=False),
+    Field("log.every", 100, "iterations", "Write metrics so often.", recipe=False),
+    Field("log.tensorboard", True, "", "Write TensorBoard events too.", recipe=False),
+    Field("deterministic", False, "", "Bit-exact reruns on GPUs, slower (CPUs and TPUs are exact anyway).",
+          recipe=False),
+    Field("init.weights", "", "path", "Start from these weights: the work directory of a run."),
+)  # fmt: skip
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """A config with every field at its default; unknown fields can't be added to it."""
+    config = ml_collections.ConfigDict()
+    for field in FIELDS:
+        *sections, name = field.name.split(".")
+        node = config
+        for section in sections:
+            if section not in node:
+                node[section] = ml_collections.ConfigDict()
+            node = node[section]
+        node[name] = field.default
+    return config.lock()
+
+
+def describe_fields() -> str:
+    """The whole tree as text, for ``--help``."""
+    lines = ["Fields of a config (default, unit):"]
+    for field in FIELDS:
+        unit = f" {field.unit}" if field.unit else ""
+        lines.append(f"  --config.{field.name}={field.default!r}{unit}\n      {field.text}")
+    return "\n".join(lines)
+
+
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """The configs that come with the project: bare name (``cifar_20``) -> file."""
+    here = pathlib.Path(__file__).resolve().parent
+    # In the wheel they lie inside the package, in a checkout beside it.
+    folder = next((path for path in (here / "configs", here.parent / "configs") if path.is_dir()), here)
+    files = sorted(folder.rglob("*.py"))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+
+
+def find_config(name: str) -> pathlib.Path:
+    """The file of a shipped config's bare name, or ``name`` itself as a path."""
+    path = pathlib.Path(name)
+    if path.suffix == ".py" and path.is_file():
+        return path
+    shipped = shipped_configs()
+    bare = name.removesuffix(".py").removeprefix("configs/")
+    if bare in shipped:
+        return shipped[bare]
+    if path.suffix == ".py":
+        raise UsageError(f"--config={name}: no such file")
+    raise UsageError(f"--config={name}: no such file or shipped config{did_you_mean(bare, shipped)}")
+
+
+def load_config(name: str) -> ml_collections.ConfigDict:
+    """Runs a config file's ``get_config()``.
+
+    Raises:
+      UsageError: no such file, or an error in it, with the file and line.
+    """
+    path = find_config(name)
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{path}:{_line_in(path, error)}: {_one_line(error)}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UsageError(f"{path}: get_config() returned {type(config).__name__}, not a config")
+    return config
+
+
+def _line_in(path: pathlib.Path, error: Exception) -> int:
+    line = getattr(error, "lineno", None) or 0
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
+    """Sets the field ``name`` (``a.b``) from the command line's text; the field's type says how to read it.
+
+    Setting one of ``epochs`` and ``steps`` clears the other.
+
+    Raises:
+      UsageError: unknown field or wrong type.
+    """
+    fields = {field.name: field for field in FIELDS}
+    if name not in fields:
+        sections = {field.name.split(".")[0] for field in FIELDS if "." in field.name}
+        if name in sections:
+            raise UsageError(f"--config.{name} is a section; set one of its fields, as in --config.{name}.x=value")
+        by_last_part = {field.rsplit(".", 1)[-1]: field for field in fields}
+        near = did_you_mean(name, fields) or did_you_mean(by_last_part.get(name.rsplit(".", 1)[-1], ""), fields)
+        raise UsageError(f"--config.{name}: no such field{near}")
+    kind = type(fields[name].default)
+    try:
+        value = _read(kind, text)
+    except ValueError as error:
+        raise UsageError(f"--config.{name}={text}: expected {_KINDS[kind]}") from error
+    *sections, last = name.split(".")
+    node = config
+    for section in sections:
+        node = node[section]
+    node[last] = value
+    if name in ("epochs", "steps"):
+        other = "steps" if name == "epochs" else "epochs"
+        config[other] = type(fields[other].default)(0)
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
+          tuple: "whole numbers separated by commas"}  # fmt: skip
+
+
+def _read(kind: type, text: str) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(text)
+        return text.lower() in ("true", "1")
+    if kind is tuple:
+        return tuple(int(part) for part in text.strip("()[] ").split(",") if part.strip())
+    return kind(text)
+
+
+# What a value must be, beyond its type: field -> (test, what is said when it fails).
+_POSITIVE = (lambda value: value > 0, "must be positive")
+_NOT_NEGATIVE = (lambda value: value >= 0, "must not be negative")
+_CHECKS = {
+    "batch_size": _POSITIVE,
+    "eval.batch_size": _POSITIVE,
+    "log.every": _POSITIVE,
+    "checkpoint.keep": _POSITIVE,
+    "optimizer.accumulate": _POSITIVE,
+    "schedule.learning_rate": _POSITIVE,
+    "schedule.patience": _POSITIVE,
+    "loss.label_smoothing": (lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+    "optimizer.momentum": (lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+    "optimizer.ema": (lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+    "model.batch_norm_momentum": (lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+    "model.num_classes": _NOT_NEGATIVE,
+    "data.holdout": _NOT_NEGATIVE,
+    "seed": _NOT_NEGATIVE,
+    "data.pad": _NOT_NEGATIVE,
+    "data.image_size": _NOT_NEGATIVE,
+    "data.workers": _NOT_NEGATIVE,
+    "epochs": _NOT_NEGATIVE,
+    "steps": _NOT_NEGATIVE,
+    "eval.every": _NOT_NEGATIVE,
+    "checkpoint.every": _NOT_NEGATIVE,
+    "checkpoint.minutes": _NOT_NEGATIVE,
+    "schedule.warmup_steps": _NOT_NEGATIVE,
+}
+_CHOICES = {
+    "data.mean": ("pixel", "channel", "none"),
+    "data.std": ("channel", "none"),
+    "optimizer.momentum_style": ("torch", "caffe"),
+    "optimizer.decay": ("all", "kernels"),
+    "schedule.name": ("constant", "steps", "linear", "cosine", "plateau"),
+    "eval.protocol": ("center",),
+}
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks what can be said of a config without data or devices.
+
+    Raises:
+      UsageError: the first field that is wrong, and what would be right.
+    """
+    values = flatten(config)
+    for name, choices in _CHOICES.items():
+        if values[name] not in choices:
+            raise UsageError(f"{name}={values[name]} is unknown: {', '.join(choices)}")
+    for name, (test, message) in _CHECKS.items():
+        if not test(values[name]):
+            raise UsageError(f"{name}={values[name]} {message}")
+    if bool(config.epochs) == bool(config.steps):
+        both = "both are" if config.epochs else "neither is"
+        raise UsageError(f"the length of the training is epochs or steps; {both} set")
+    if config.optimizer.nesterov and config.optimizer.momentum_style == "caffe":
+        raise UsageError("optimizer.nesterov=true goes with optimizer.momentum_style=torch")
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Every field as ``{"a.b": value}``, tuples as lists: what ``config.json`` holds and recipes are compared by."""
+    values = {}
+    for field in FIELDS:
+        value = config
+        for part in field.name.split("."):
+            value = value[part]
+        values[field.name] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def recipe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The recipe's fields that differ between two flat configs, as ``name: before -> now``."""
+    return [
+        f"{field.name}: {before.get(field.name)} -> {now[field.name]}"
+        for field in FIELDS
+        if field.recipe and before.get(field.name, field.default if field.default != () else []) != now[field.name]
+    ]

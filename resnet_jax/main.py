@@ -1,0 +1,40 @@
+"""Trains or evaluates a network.
+
+    python -m resnet_jax.main --config=digits_20
+    python -m resnet_jax.main --config=configs/cifar_20.py --workdir=runs/mine --config.seed=1
+    python -m resnet_jax.main --config=cifar_20 --workdir=runs/mine --mode=eval
+
+The same command again resumes. The work directory gets config.json, metrics.jsonl, TensorBoard events,
+checkpoints/, summary.json and predictions.npz.
+"""
+
+import os
+import pathlib
+
+from absl import flags
+
+from resnet_jax import cli, config as config_lib
+
+cli.define_config_flags()
+flags.DEFINE_string("workdir", None, "Folder of the run; runs/<config's name> when not given.")
+flags.DEFINE_enum("mode", "train", ["train", "eval"], "train (or resume), or evaluate the run's latest checkpoint.")
+FLAGS = flags.FLAGS
+
+
+def main(overrides: list[tuple[str, str]]) -> int:
+    """Flags in, one call."""
+    config = config_lib.load_config(FLAGS.config)
+    for name, value in overrides:
+        config_lib.override(config, name, value)
+    config_lib.validate(config)
+    workdir = pathlib.Path(FLAGS.workdir or f"runs/{config_lib.find_config(FLAGS.config).stem}")
+    if config.deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
+
+    from resnet_jax.run import run_classification  # JAX starts here, after its settings.
+
+    return run_classification(config, workdir, FLAGS.mode)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__, needs=["config"])

@@ -1,0 +1,1 @@
+"""The networks, pure flax.linen. They know no file and no config."""

@@ -1,0 +1,154 @@
+"""The layers all networks are made of: convolution, batch normalisation, pooling.
+
+Arrays are NHWC. Padding is explicit everywhere: XLA's ``SAME`` pads strided windows on the right first,
+which is neither Caffe's nor torch's padding.
+"""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+from jax import numpy as jnp
+
+from resnet_jax.errors import UsageError
+
+BATCH_AXIS = "data"  # The mesh axis that batches are split over.
+
+
+def resolve_dtype(name: str) -> jnp.dtype:
+    """The compute dtype: ``auto`` is bfloat16 on TPU and GPU, float32 on CPU."""
+    if name == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    if name not in ("bfloat16", "float16", "float32", "float64"):
+        raise UsageError(f"dtype {name!r} is unknown: auto, bfloat16, float16, float32 or float64")
+    if name == "float64" and not jax.config.jax_enable_x64:
+        raise UsageError("dtype float64 needs JAX_ENABLE_X64=1 (or jax.config.update('jax_enable_x64', True))")
+    return jnp.dtype(name)
+
+
+def storage_dtype(compute_dtype: Any) -> jnp.dtype:
+    """Dtype of parameters, statistics and logits: float32, or float64 where the computation is."""
+    return jnp.promote_types(compute_dtype, jnp.float32)
+
+
+def he_normal(mode: str) -> nn.initializers.Initializer:
+    """He et al.'s normal initialisation, variance 2 / fan; ``mode`` is ``fan_out`` or ``fan_in``.
+
+    Caffe's filler takes the fan-in, fb.resnet.torch and torchvision the fan-out.
+    """
+    if mode not in ("fan_out", "fan_in"):
+        raise UsageError(f"init_fan {mode!r} is unknown: fan_out or fan_in")
+    return nn.initializers.variance_scaling(2.0, mode, "normal")
+
+
+def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
+    """Max-pooling of [N, H, W, C] with ``padding`` on every side."""
+    pads = ((padding, padding), (padding, padding))
+    return nn.max_pool(x, (window, window), (stride, stride), pads)
+
+
+class Conv(nn.Module):
+    """A square convolution [N, H, W, C_in] -> [N, H', W', C_out], padded by ``(size - 1) // 2`` unless told."""
+
+    features: int
+    size: int
+    stride: int = 1
+    padding: int | None = None
+    use_bias: bool = False
+    init_fan: str = "fan_out"
+    bias_init: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        pad = (self.size - 1) // 2 if self.padding is None else self.padding
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", he_normal(self.init_fan), shape, storage_dtype(self.dtype))
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        if self.use_bias:
+            init = nn.initializers.constant(self.bias_init)
+            y = y + self.param("bias", init, (self.features,), storage_dtype(self.dtype)).astype(self.dtype)
+        return y
+
+
+class Head(nn.Module):
+    """The classifier [..., C] -> logits [..., classes], in float32 at least."""
+
+    num_classes: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = storage_dtype(self.dtype)
+        # The paper is silent on the classifier: variance 1 / fan-in, since no ReLU follows.
+        init = nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, (x.shape[-1], self.num_classes), dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.num_classes,), dtype)
+        return x.astype(dtype) @ kernel + bias
+
+
+def count_groups(batch_norm: str, batch: int) -> int:
+    """Into how many groups of consecutive examples a batch is split for its BatchNorm statistics.
+
+    ``global`` is one group; ``per_device`` one per device of the mesh in force (``jax.set_mesh``);
+    ``group:N`` is N examples a group, whichever device they lie on.
+    """
+    if batch_norm == "global":
+        return 1
+    if batch_norm == "per_device":
+        groups = dict(jax.sharding.get_abstract_mesh().shape).get(BATCH_AXIS, 1)
+        if batch % groups:
+            raise UsageError(f"batch_norm=per_device: a batch of {batch} does not divide over {groups} devices")
+        return groups
+    name, _, size = batch_norm.partition(":")
+    if name != "group" or not size.isdecimal() or int(size) < 1:
+        raise UsageError(f"batch_norm {batch_norm!r} is unknown: global, per_device or group:N (as in group:32)")
+    if batch % int(size):
+        raise UsageError(f"batch_norm={batch_norm}: a batch of {batch} does not divide into groups of {size}")
+    return batch // int(size)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, statistics in float32 at least.
+
+    In training each group of examples (``count_groups``) is normalised by its own mean and biased variance. The
+    running ones are of the whole batch, merged from the groups' E[x] and E[x^2], so that they are the
+    same on every device: running = momentum * running + (1 - momentum) * batch.
+    """
+
+    batch_norm: str = "global"
+    momentum: float = 0.9  # torch writes this one as 0.1.
+    epsilon: float = 1e-5
+    scale_init: float = 1.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        channels, dtype = x.shape[-1:], storage_dtype(self.dtype)
+        scale = self.param("scale", nn.initializers.constant(self.scale_init), channels, dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), channels, dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, dtype)
+        if not train:
+            y = (x - running_mean.value) * (scale * jax.lax.rsqrt(running_var.value + self.epsilon)) + bias
+            return y.astype(self.dtype)
+
+        groups = count_groups(self.batch_norm, x.shape[0])
+        grouped = x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).astype(dtype)
+        axes = tuple(range(1, grouped.ndim - 1))
+        mean = grouped.mean(axes, keepdims=True)
+        square = jnp.square(grouped).mean(axes, keepdims=True)
+        var = jnp.maximum(square - jnp.square(mean), 0)
+        if not self.is_initializing():
+            batch_mean = mean.mean(0).reshape(channels)
+            batch_var = jnp.maximum(square.mean(0).reshape(channels) - jnp.square(batch_mean), 0)
+            for running, batch in ((running_mean, batch_mean), (running_var, batch_var)):
+                running.value = self.momentum * running.value + (1 - self.momentum) * batch
+        y = (grouped - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+        return y.reshape(x.shape).astype(self.dtype)

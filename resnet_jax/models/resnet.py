@@ -1,0 +1,122 @@
+"""The residual network: one module told its stages, block, shortcut, stem and stride placement."""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+from jax import numpy as jnp
+
+from resnet_jax.errors import UsageError
+from resnet_jax.models.blocks import SHORTCUTS, Block
+from resnet_jax.models.layers import BatchNorm, Conv, Head, max_pool
+
+# Stem: (size, stride, whether a 3x3/2 max-pool follows); the paper's Table 1 and section 4.2.
+STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False)}
+
+
+class Stem(nn.Module):
+    """The first convolution with BN and ReLU, and for ImageNet the max-pool that opens the paper's conv2_x."""
+
+    kind: str
+    features: int
+    init_fan: str
+    batch_norm: str
+    batch_norm_momentum: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        size, stride, pool = STEMS[self.kind]
+        x = Conv(self.features, size, stride, init_fan=self.init_fan, dtype=self.dtype, name="conv")(x)
+        x = nn.relu(BatchNorm(self.batch_norm, self.batch_norm_momentum, dtype=self.dtype, name="bn")(x, train))
+        return max_pool(x, window=3, stride=2, padding=1) if pool else x
+
+
+class Stage(nn.Module):
+    """A run of blocks of one width; only the first one changes the shape."""
+
+    blocks: int
+    stride: int
+    block: dict[str, Any]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        for i in range(1, self.blocks + 1):
+            x = Block(stride=self.stride if i == 1 else 1, name=f"block{i}", **self.block)(x, train)
+        return x
+
+
+class ResNet(nn.Module):
+    """A residual or plain network, images [N, H, W, C] of any size -> logits [N, num_classes], float32 at least.
+
+    Parameters lie in ``params``, running statistics in ``batch_stats``; names are ``stem``, ``stage1`` ..., ``head``.
+    The paper's conv2_x to conv5_x are ``stage1`` to ``stage4``.
+
+    Attributes:
+      blocks: blocks in each stage (Table 1).
+      widths: output channels of each stage.
+      bottleneck: three-layer blocks (50 layers and more) instead of two-layer ones.
+      shortcut: ``A``, ``B``, ``C`` (section 3.3), ``none`` for plain nets, ``gated`` for Highway nets.
+      shortcut_zeros: where option A puts its zero channels, ``end`` or ``both``.
+      stride_in: ``first`` (v1) or ``middle`` (v1.5): which convolution of a bottleneck has the stride.
+      stem: ``imagenet`` (7x7/2, max-pool) or ``cifar`` (3x3).
+      stem_width: channels of the stem.
+      zero_init_last: start each block's last BN scale at zero, so that blocks begin as identities.
+      gate_bias: initial bias of the gates; negative, so that gated blocks begin near the identity.
+      init_fan: He's fan, ``fan_out`` or ``fan_in``.
+      batch_norm: over which examples statistics are taken: ``global``, ``per_device`` or ``group:N``.
+      batch_norm_momentum: how much of the running statistics a step keeps.
+      dtype: compute dtype.
+    """
+
+    blocks: tuple[int, ...]
+    widths: tuple[int, ...]
+    num_classes: int
+    bottleneck: bool = False
+    shortcut: str = "B"
+    shortcut_zeros: str = "end"
+    stride_in: str = "first"
+    stem: str = "imagenet"
+    stem_width: int = 64
+    zero_init_last: bool = False
+    gate_bias: float = -2.0
+    init_fan: str = "fan_out"
+    batch_norm: str = "global"
+    batch_norm_momentum: float = 0.9
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        choices = {"shortcut": SHORTCUTS, "shortcut_zeros": ("end", "both"), "stride_in": ("first", "middle"),
+                   "stem": tuple(STEMS)}  # fmt: skip
+        for field, known in choices.items():
+            if getattr(self, field) not in known:
+                raise UsageError(f"{field} {getattr(self, field)!r} is unknown: {', '.join(known)}")
+        shared = {name: getattr(self, name) for name in ("init_fan", "batch_norm", "batch_norm_momentum", "dtype")}
+        settings = ("bottleneck", "shortcut", "shortcut_zeros", "stride_in", "zero_init_last", "gate_bias")
+        block = shared | {name: getattr(self, name) for name in settings}
+        self.stem_layers = Stem(self.stem, self.stem_width, **shared, name="stem")
+        self.stages = [
+            Stage(count, 1 if i == 1 else 2, block | {"features": width}, name=f"stage{i}")
+            for i, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True), start=1)
+        ]
+        self.head = Head(self.num_classes, self.dtype)
+
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Logits [N, num_classes] of normalised images [N, H, W, C]."""
+        return self.classify(self.features(images, train)[f"stage{len(self.blocks)}"])
+
+    def features(self, images: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+        """The outputs of ``stem`` and of every stage (``stage1``, ...), each [N, H', W', C']."""
+        x = self.stem_layers(images.astype(self.dtype), train)
+        outputs = {"stem": x}
+        for i, stage in enumerate(self.stages, start=1):
+            x = outputs[f"stage{i}"] = stage(x, train)
+        return outputs
+
+    def stage(self, x: jax.Array, number: int, train: bool = False) -> jax.Array:
+        """Applies stage ``number`` (from 1) alone: ``model.apply(variables, x, 4, method="stage")`` is conv5_x."""
+        return self.stages[number - 1](x.astype(self.dtype), train)
+
+    def classify(self, x: jax.Array) -> jax.Array:
+        """Global average pooling and the classifier: the last stage's [N, H, W, C] -> logits [N, num_classes]."""
+        return self.head(x.mean((1, 2), dtype=jnp.promote_types(self.dtype, jnp.float32)))

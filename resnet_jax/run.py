@@ -1,0 +1,33 @@
+"""From a config to a run: devices, task, work directory, loop."""
+
+import pathlib
+
+import jax
+import ml_collections
+
+from resnet_jax import distributed
+from resnet_jax.classification.task import Classification
+from resnet_jax.config import flatten
+from resnet_jax.errors import UsageError
+from resnet_jax.training.loop import Training
+from resnet_jax.training.workdir import check_recipe, open_workdir
+
+
+def run_classification(config: ml_collections.ConfigDict, workdir: pathlib.Path, mode: str) -> int:
+    """Trains (``train``) or evaluates (``eval``) in ``workdir``; returns the exit status.
+
+    Raises:
+      UsageError: before anything is written, where config, data, devices and work directory don't fit.
+    """
+    workdir = workdir.absolute()
+    check_recipe(workdir, flatten(config))
+    if mode == "eval" and not (workdir / "checkpoints").is_dir() and not config.init.weights:
+        raise UsageError(f"--mode=eval: {workdir} has no checkpoint; train it first, or set --config.init.weights")
+    if config.model.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    mesh = distributed.make_mesh()
+    with jax.set_mesh(mesh):
+        task = Classification(config, mesh)
+        open_workdir(workdir, flatten(config))
+        training = Training(task, config, workdir, mesh)
+        return training.run() if mode == "train" else training.evaluate_only()

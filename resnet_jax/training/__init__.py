@@ -1,0 +1,1 @@
+"""What every task shares: optimizer and schedules, state, loop, checkpoints, logging."""

@@ -1,0 +1,80 @@
+"""Checkpoints: Orbax, asynchronous and atomic; the latest ones and the best one stay."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from resnet_jax.errors import UsageError
+from resnet_jax.training.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one work directory, each a TrainState with a small record of JSON."""
+
+    def __init__(self, folder: pathlib.Path, keep: int, objective: str):
+        """Opens ``folder`` (made at the first save).
+
+        Args:
+          folder: where the checkpoints lie.
+          keep: how many of the latest stay.
+          objective: the metric by which the best is chosen; less is better.
+        """
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[objective],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._objective = objective
+        self._checkpointer = ocp.training.Checkpointer(
+            folder,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint."""
+        newest = self._checkpointer.latest
+        return newest.step if newest else None
+
+    def save(self, state: TrainState, step: int, record: dict[str, Any], error: float | None) -> None:
+        """Starts to save, and returns once the state may be changed.
+
+        Args:
+          state: what to save.
+          step: its step.
+          record: JSON values that go with it.
+          error: the objective evaluated at this step, or None.
+        """
+        metrics = None if error is None else {self._objective: error}
+        again = step in [info.step for info in self._checkpointer.checkpoints]
+        self._checkpointer.save_async(
+            step, state, overwrite=again, metrics=metrics, custom_metadata={"record": json.dumps(record)}
+        )
+
+    def restore(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """Loads the checkpoint of ``step`` with the shapes and shardings of ``like``; also its record."""
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        try:
+            state = self._checkpointer.load(step, abstract)
+            record = self._checkpointer.metadata(step).custom_metadata["record"]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"{self._checkpointer.directory}/{step}: not a checkpoint of this run ({reason})"
+            ) from error
+        return state, json.loads(record)
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Waits and lets go of the folder."""
+        self._checkpointer.close()

@@ -1,0 +1,250 @@
+"""The training loop: knows a task and not which one."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import itertools
+import pathlib
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from resnet_jax import distributed
+from resnet_jax.training.checkpoints import Checkpoints
+from resnet_jax.training.metrics import Console, MetricsWriter, write_json
+from resnet_jax.training.progress import Diverged, Record, Window, averages
+from resnet_jax.training.signals import Stopped, StopSignal
+from resnet_jax.training.state import TrainState
+from resnet_jax.training.task import Evaluation, Task
+from resnet_jax.training.workdir import read_json
+
+EXIT_DIVERGED = 1
+
+
+def _next_multiple(step: int, every: int, end: int) -> int:
+    return min(end, (step // every + 1) * every) if every else end
+
+
+class Training:
+    """One run of a task in a work directory: resumes, trains, evaluates, saves, reports."""
+
+    def __init__(self, task: Task, config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh):
+        self._task, self._config, self._workdir, self._mesh = task, config, workdir, mesh
+        self._checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, task.objective)
+        self._console = Console(task.total_steps)
+        self._window = Window()
+        self._one_step = jax.jit(task.train_step, donate_argnums=0)
+        self._many_steps = jax.jit(self._scan_steps, donate_argnums=0)
+        # On CPU a loop makes convolutions slow; elsewhere one dispatch runs the steps between two log lines.
+        self._dispatch = 1 if jax.default_backend() == "cpu" else config.log.every
+        self._saved_at = time.monotonic()
+
+    def _scan_steps(self, state: TrainState, batches: Any, resident: Any):
+        return jax.lax.scan(lambda s, batch: self._task.train_step(s, batch, resident), state, batches)
+
+    def run(self) -> int:
+        """Trains to the end, or until asked to stop; the same call goes on from there.
+
+        Returns:
+          The process's exit status.
+        """
+        state, step, record = self._resume()
+        if self._finished(step):
+            return 0
+        self._writer = MetricsWriter(self._workdir, step, self._config.log.tensorboard)
+        self._console.start(step)
+        self._started = time.monotonic() - record.seconds
+        try:
+            with StopSignal() as stop:
+                return self._train(state, step, record, stop)
+        except Diverged as error:
+            latest = self._checkpoints.latest
+            where = f"the last good checkpoint is {self._workdir}/checkpoints/{latest}"
+            self._console.line(f"stopped: diverged at {error}; {where if latest else 'no checkpoint was saved yet'}")
+            return EXIT_DIVERGED
+        finally:
+            self._console.close()
+            self._writer.close()
+            self._checkpoints.close()
+
+    def evaluate_only(self) -> int:
+        """Evaluates the latest checkpoint, or the initial weights where ``init.weights`` names some."""
+        state, step, record = self._resume()
+        with StopSignal() as stop:
+            try:
+                evaluation = self._task.evaluate(state, "test", stop.poll)
+            except Stopped:
+                self._console.line("stopped while evaluating; nothing was written")
+                return stop.exit_status
+        summary = read_json(self._workdir / "summary.json") or self._summary(step, record)
+        self._report(summary | {"step": step}, evaluation)
+        return 0
+
+    def _resume(self) -> tuple[TrainState, int, Record]:
+        state = self._task.initial_state()
+        step = self._checkpoints.latest
+        if step is None:
+            return state, 0, Record()
+        state, record = self._checkpoints.restore(state, step)
+        return state, step, Record(**record)
+
+    def _finished(self, step: int) -> bool:
+        summary = read_json(self._workdir / "summary.json")
+        if step >= self._task.total_steps and summary and summary["step"] == step:
+            self._console.line(f"{self._workdir} is finished: step {step}, {_describe(summary)}")
+            return True
+        if step:
+            self._console.line(f"resuming from step {step}")
+        return False
+
+    def _train(self, state: TrainState, step: int, record: Record, stop: StopSignal) -> int:
+        config, end = self._config, self._task.total_steps
+        if not step:
+            self._console.line(
+                f"training {self._task.name} ({self._task.parameters:,} parameters) for {end} steps of"
+                f" {self._task.examples_per_step} images on {self._mesh.size} {jax.devices()[0].device_kind}"
+            )
+        batches = self._task.batches(step)
+        try:
+            if step == record.evaluated or not self._evaluation_due(step):
+                improved = False
+            else:  # Stopped between a step and its evaluation.
+                state, improved = self._evaluate(state, step, record, stop.poll)
+            while step < end:
+                if improved or self._checkpoint_due(step):
+                    self._save(state, step, record, improved)
+                logged = _next_multiple(step, config.log.every, end)
+                events = (config.eval.every, config.checkpoint.every)
+                until = min(logged, *(_next_multiple(step, every, end) for every in events))
+                state, step = self._advance(state, step, until, batches, stop)
+                improved = False
+                if step in (logged, end):
+                    self._log(step, record)
+                stop.poll()
+                if self._evaluation_due(step):
+                    self._log(step, record)
+                    state, improved = self._evaluate(state, step, record, stop.poll)
+            self._save(state, step, record, improved)
+            evaluation = self._task.evaluate(state, "test", stop.poll)
+        except Stopped:
+            # An evaluation broken off is made up for when the run goes on: its step is not in the record.
+            step = int(state.step)
+            self._log(step, record)
+            self._save(state, step, record, improved=False)
+            self._checkpoints.wait()
+            self._console.line(f"stopped by {stop.received.name} and saved at step {step}; the same command resumes")
+            return stop.exit_status
+        self._checkpoints.wait()
+        record.seconds = time.monotonic() - self._started
+        self._report(self._summary(step, record), evaluation)
+        return 0
+
+    def _advance(
+        self, state: TrainState, step: int, until: int, batches: Iterator[Any], stop: StopSignal
+    ) -> tuple[TrainState, int]:
+        """Runs the steps up to ``until``, or to the end of the dispatch in which a stop was asked for.
+
+        Which steps share a dispatch follows from their numbers alone, so that a resumed run does the same arithmetic.
+        """
+        while step < until and stop.received is None:
+            count = self._dispatch if step % self._dispatch == 0 and step + self._dispatch <= until else 1
+            chunk = list(itertools.islice(batches, count))
+            if count == 1:
+                batch = distributed.shard_batch(self._mesh, chunk[0])
+                state, metrics = self._one_step(state, batch, self._task.resident)
+            else:
+                stacked = jax.tree.map(lambda *parts: np.stack(parts), *chunk)
+                batch = distributed.shard_batch(self._mesh, stacked, axis=1)
+                state, metrics = self._many_steps(state, batch, self._task.resident)
+            self._window.add(metrics, count)
+            step += count
+            self._console.advance(step)
+        return state, step
+
+    def _log(self, step: int, record: Record) -> None:
+        """Takes in the metrics of the steps since the last log; raises ``Diverged``."""
+        per_step, seconds, timed = self._window.take()
+        if not per_step:
+            return
+        for number, metrics in enumerate(per_step, start=step - len(per_step) + 1):
+            epoch = (number - 1) * self._task.examples_per_step // self._task.examples_per_epoch
+            record.take_in(number, epoch, metrics)
+        record.timed_seconds += seconds
+        record.timed_steps += timed
+        record.seconds = time.monotonic() - self._started
+        rate = timed / seconds if timed else record.steps_per_second or 0.0
+        values = averages(per_step) | {
+            "epoch": step * self._task.examples_per_step / self._task.examples_per_epoch,
+            "images_per_second": rate * self._task.examples_per_step,
+            "seconds_per_step": 1 / rate if rate else 0.0,
+            "seconds": record.seconds,
+        }
+        self._writer.write(step, values)
+        self._console.progress(step, values["epoch"], values)
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self._config.eval.every
+        return step > 0 and (step == self._task.total_steps or (bool(every) and step % every == 0))
+
+    def _evaluate(
+        self, state: TrainState, step: int, record: Record, poll: Callable[[], None]
+    ) -> tuple[TrainState, bool]:
+        """Evaluates the validation split; returns the state after it, and whether it is the best so far."""
+        evaluation = self._task.evaluate(state, self._task.validation, poll)
+        self._window.pause()
+        error = evaluation.metrics[self._task.objective]
+        self._writer.write(step, {f"{self._task.validation}_{name}": v for name, v in evaluation.metrics.items()})
+        self._console.line(f"step {step}  {self._task.validation}: {_describe(evaluation.metrics)}")
+        record.evaluated = step
+        improved = record.best is None or error < record.best
+        if improved:
+            record.best, record.best_step = error, step
+        return self._task.after_evaluation(state, error), improved
+
+    def _checkpoint_due(self, step: int) -> bool:
+        every, minutes = self._config.checkpoint.every, self._config.checkpoint.minutes
+        if not step or step == self._checkpoints.latest:
+            return False
+        by_time = bool(minutes) and time.monotonic() - self._saved_at > 60 * minutes
+        return by_time or (bool(every) and step % every == 0)
+
+    def _save(self, state: TrainState, step: int, record: Record, improved: bool) -> None:
+        self._log(step, record)  # Only finite states are saved.
+        record.seconds = time.monotonic() - self._started
+        self._checkpoints.save(state, step, dataclasses.asdict(record), record.best if improved else None)
+        self._saved_at = time.monotonic()
+        self._window.pause()
+
+    def _summary(self, step: int, record: Record) -> dict[str, Any]:
+        """What is known of the training; the evaluation's figures come beside it."""
+        speed = record.steps_per_second
+        return {
+            "model": self._task.name,
+            "params": self._task.parameters,
+            "step": step,
+            "epoch": step * self._task.examples_per_step / self._task.examples_per_epoch,
+            "train_top1_error": record.epoch_average("top1_error"),
+            f"best_{self._task.objective}": record.best,
+            "best_step": record.best_step,
+            "protocol": self._config.eval.protocol,
+            "images_per_second": speed and speed * self._task.examples_per_step,
+            "seconds": record.seconds,
+        }
+
+    def _report(self, summary: dict[str, Any], evaluation: Evaluation) -> None:
+        """Writes ``predictions.npz`` and ``summary.json``, and says where they are."""
+        partial = self._workdir / ".predictions.npz.partial"
+        with partial.open("wb") as file:
+            np.savez(file, **evaluation.predictions)
+        partial.rename(self._workdir / "predictions.npz")
+        write_json(self._workdir / "summary.json", summary | evaluation.metrics)
+        self._console.line(f"test: {_describe(evaluation.metrics)}; wrote {self._workdir}/summary.json")
+
+
+def _describe(metrics: dict[str, float]) -> str:
+    """The figures a person looks for first."""
+    errors = [name for name in ("top1_error", "top5_error") if name in metrics]
+    shown = [f"{name.replace('_', ' ')} {metrics[name]:.2f}%" for name in errors]
+    return ", ".join([*shown, f"loss {metrics['loss']:.4f}", f"{metrics['examples']} examples"])

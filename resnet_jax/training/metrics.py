@@ -1,0 +1,100 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and lines or a progress bar for the person who watches."""
+
+import datetime
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import tqdm
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+class MetricsWriter:
+    """Appends records to ``metrics.jsonl`` and, if asked, TensorBoard events; each record has its step."""
+
+    def __init__(self, workdir: pathlib.Path, first_step: int, tensorboard: bool):
+        """Opens the logs and cuts back what an earlier run wrote after ``first_step``."""
+        path = workdir / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:  # The last line of a run that was killed while it wrote.
+                    continue
+                if record["step"] <= first_step:
+                    kept.append(line + "\n")
+        partial = path.with_name(".metrics.jsonl.partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, path)
+        self._file = path.open("a")
+        self._events = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(workdir), purge_step=first_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds one record."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._events:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        if self._events:
+            self._events.close()
+
+
+class Console:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total_steps: int):
+        self._total = total_steps
+        self._bar = None
+
+    def start(self, step: int) -> None:
+        """Begins to count at ``step``."""
+        if sys.stderr.isatty():
+            self._bar = tqdm.tqdm(total=self._total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def line(self, text: str) -> None:
+        """Prints a line (above the bar)."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to ``step``."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def progress(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Shows the training's metrics: ``loss``, ``top1_error`` where there is one, and ``images_per_second``."""
+        shown = [f"loss {values['train_loss']:.4f}"]
+        if "train_top1_error" in values:
+            shown.append(f"error {values['train_top1_error']:.2f}%")
+        shown += [f"rate {values['learning_rate']:.4g}", f"{values['images_per_second']:,.0f} images/s"]
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"epoch {epoch:.1f}, " + ", ".join(shown))
+            return
+        left = datetime.timedelta(seconds=round((self._total - step) * values["seconds_per_step"]))
+        self.line(f"step {step}/{self._total}  epoch {epoch:.1f}  {'  '.join(shown)}  ETA {left}")
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,103 @@
+"""What a run remembers of itself beside its arrays: running averages, times, the best evaluation."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class Diverged(Exception):
+    """The loss or the gradient is no longer finite."""
+
+    def __init__(self, step: int, loss: float, gradient_norm: float):
+        super().__init__(f"step {step}: loss {loss:.4g}, gradient norm {gradient_norm:.4g}")
+        self.step = step
+
+
+@dataclasses.dataclass
+class Record:
+    """Saved as JSON with every checkpoint.
+
+    Attributes:
+      epoch: the epoch of the last step taken in.
+      epoch_steps: steps of it taken in.
+      epoch_sums: sum of each metric over them.
+      evaluated: step of the last evaluation, -1 before the first.
+      best: lowest objective so far, %, and best_step its step.
+      seconds: time of the whole run.
+      timed_seconds, timed_steps: time in training steps alone, without the first (which compiles), and their number.
+    """
+
+    epoch: int = 0
+    epoch_steps: int = 0
+    epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    evaluated: int = -1
+    best: float | None = None
+    best_step: int | None = None
+    seconds: float = 0.0
+    timed_seconds: float = 0.0
+    timed_steps: int = 0
+
+    def take_in(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        """Adds the metrics of one step (counted from 1) that began in ``epoch``."""
+        if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["gradient_norm"]):
+            raise Diverged(step, metrics["loss"], metrics["gradient_norm"])
+        if epoch != self.epoch:
+            self.epoch, self.epoch_steps, self.epoch_sums = epoch, 0, {}
+        self.epoch_steps += 1
+        for name, value in metrics.items():
+            self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
+
+    def epoch_average(self, name: str) -> float | None:
+        """The running average of a metric over the last epoch, or None where it has none."""
+        return self.epoch_sums[name] / self.epoch_steps if name in self.epoch_sums else None
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Speed of the training steps alone."""
+        return self.timed_steps / self.timed_seconds if self.timed_seconds else None
+
+
+class Window:
+    """Metrics of the steps since the last log, still on the device: fetched once a window, so that nothing waits."""
+
+    def __init__(self):
+        self._pending: list[dict[str, jax.Array]] = []
+        self._clock: float | None = None  # Runs while training steps do.
+        self._timed = 0
+
+    def add(self, metrics: dict[str, jax.Array], steps: int) -> None:
+        """Takes the metrics of one dispatch, scalars or [steps] each."""
+        self._pending.append(metrics)
+        if self._clock is None:  # The first dispatch after a pause (or ever: it compiles) is not timed.
+            jax.block_until_ready(metrics)
+            self._clock = time.monotonic()
+        else:
+            self._timed += steps
+
+    def take(self) -> tuple[list[dict[str, float]], float, int]:
+        """Waits for the device; returns the metrics of each step, and the seconds that so many steps took."""
+        per_step: list[dict[str, float]] = []
+        for metrics in jax.device_get(self._pending):
+            arrays = {name: np.atleast_1d(value) for name, value in metrics.items()}
+            length = len(arrays["loss"])
+            per_step += [{name: float(array[i]) for name, array in arrays.items()} for i in range(length)]
+        seconds, timed = 0.0, self._timed
+        if self._clock is not None:
+            now = time.monotonic()
+            seconds, self._clock = now - self._clock, now
+        self._pending, self._timed = [], 0
+        return per_step, seconds, timed
+
+    def pause(self) -> None:
+        """Stops the clock for what is not training."""
+        self._clock = None
+
+
+def averages(per_step: list[dict[str, float]]) -> dict[str, Any]:
+    """Mean of every metric over steps, ``train_`` before its name; the learning rate is the last step's."""
+    means = {f"train_{name}": float(np.mean([step[name] for step in per_step])) for name in per_step[0]}
+    del means["train_learning_rate"]
+    return means | {"learning_rate": per_step[-1]["learning_rate"]}

@@ -1,0 +1,62 @@
+"""What the loop asks of a task: the one interface between training and classification, detection, ..."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from resnet_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+      metrics: plain numbers; errors in %, ``examples`` the count.
+      predictions: arrays that go to ``predictions.npz``, the first axis over examples.
+    """
+
+    metrics: dict[str, float]
+    predictions: dict[str, np.ndarray]
+
+
+class Task(Protocol):
+    """A task: its state, step, input and evaluation.
+
+    Attributes:
+      name: the model's name.
+      parameters: how many the network has.
+      total_steps: length of the training.
+      examples_per_step: the global batch size.
+      examples_per_epoch: length of the training set.
+      resident: arrays on the devices that every step reads and none changes.
+      validation: the split that ``eval.every`` looks at; ``test`` unless examples are held out.
+      objective: the metric that decides what is best, and whose rise or fall the plateau rule watches; less is better.
+    """
+
+    name: str
+    parameters: int
+    total_steps: int
+    examples_per_step: int
+    examples_per_epoch: int
+    resident: dict[str, jax.Array]
+    validation: str
+    objective: str
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, laid out on the devices."""
+
+    def train_step(self, state: TrainState, batch: Any, resident: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One step, pure; metrics are scalars and hold ``loss`` and ``gradient_norm``."""
+
+    def batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's part of each step's batch, endless, from ``first_step`` (0 is the first)."""
+
+    def evaluate(self, state: TrainState, split: str, poll: Callable[[], None]) -> Evaluation:
+        """Evaluates every example of a split once; ``poll`` is called often and may raise to break off."""
+
+    def after_evaluation(self, state: TrainState, error: float) -> TrainState:
+        """Lets the rules that watch the evaluated error act."""
