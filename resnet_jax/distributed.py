@@ -1,5 +1,6 @@
 """Devices: the mesh that training runs on, and arrays laid out on it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,9 +11,10 @@ from resnet_jax.errors import UsageError
 from resnet_jax.models.layers import BATCH_AXIS
 
 
-def make_mesh() -> jax.sharding.Mesh:
-    """A mesh of all devices along one axis, over which batches are split and everything else is replicated."""
-    return jax.make_mesh((jax.device_count(),), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A mesh of ``devices`` (all there are), over which batches are split and everything else is replicated."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), (BATCH_AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

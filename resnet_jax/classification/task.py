@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import math
+from typing import Any
 
 import jax
 import ml_collections
@@ -16,6 +17,7 @@ from resnet_jax.errors import UsageError
 from resnet_jax.models.layers import count_groups, storage_dtype
 from resnet_jax.models.registry import create_model
 from resnet_jax.training import schedules
+from resnet_jax.training.checkpoints import load_run_weights
 from resnet_jax.training.optimizer import make_optimizer
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Evaluation
@@ -68,8 +70,11 @@ class Classification:
         self.total_steps = config.steps or math.ceil(config.epochs * self.examples_per_epoch / config.batch_size)
         self.train_step = steps.make_train_step(self._model, self._optimizer, config, self.total_steps, mesh.size)
         self._eval_step = jax.jit(steps.make_eval_step(self._model))
-        shapes = jax.eval_shape(lambda: self._new_state())
+        shapes = jax.eval_shape(self._new_state)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+        self._weights = load_run_weights(config.init.weights) if config.init.weights else None
+        if self._weights:
+            check_weights(self._weights, shapes, config)
 
     def _model_settings(self) -> dict:
         model = self._config.model
@@ -98,7 +103,12 @@ class Classification:
         return steps.initial_state(self._model, self._optimizer, self._config, self._image_shape)
 
     def initial_state(self) -> TrainState:
-        return jax.jit(self._new_state, out_shardings=distributed.replicated(self._mesh))()
+        state = jax.jit(self._new_state, out_shardings=distributed.replicated(self._mesh))()
+        if not self._weights:
+            return state
+        weights = jax.tree.map(lambda new, old: new.astype(old.dtype), self._weights, _weights_of(state))
+        average = distributed.replicate(self._mesh, weights) if state.average else None
+        return state.replace(**distributed.replicate(self._mesh, weights), average=average)
 
     def batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
         order = Order(self._config.seed, self._lengths["train"])
@@ -133,3 +143,21 @@ class Classification:
     def after_evaluation(self, state: TrainState, error: float) -> TrainState:
         schedule = schedules.after_evaluation(self._config.schedule, state.schedule, error)
         return state.replace(schedule=distributed.replicate(self._mesh, schedule))
+
+
+def _weights_of(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def check_weights(weights: dict[str, Any], state: TrainState, config: ml_collections.ConfigDict) -> None:
+    """Raises a UsageError that names the first array of ``weights`` which does not fit the network's ``state``."""
+    given, wanted = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (weights, _weights_of(state))
+    )
+    where = f"init.weights={config.init.weights} does not fit model.name={config.model.name}"
+    for name in sorted(wanted.keys() ^ given.keys()):
+        raise UsageError(f"{where}: {name} is {'missing' if name in wanted else 'not part of the network'}")
+    for name, array in wanted.items():
+        if given[name].shape != array.shape:
+            raise UsageError(f"{where}: {name} has shape {given[name].shape}, not {array.shape}")

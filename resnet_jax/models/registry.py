@@ -51,7 +51,7 @@ def _rows() -> dict[str, functools.partial]:
             rows[f"resnet{depth}_v1_5"] = _imagenet(depth, stride_in="middle")
         else:
             rows[f"plain{depth}"] = _imagenet(depth, shortcut="none")
-        for option in "ABC":
+        for option in "ABC":  # B is the plain name's too.
             rows[f"resnet{depth}_{option.lower()}"] = _imagenet(depth, shortcut=option)
     for kind, depths in CIFAR_DEPTHS.items():
         for depth in depths:

@@ -3,8 +3,10 @@
 import json
 import pathlib
 from typing import Any
+import warnings
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from resnet_jax.errors import UsageError
@@ -78,3 +80,29 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and lets go of the folder."""
         self._checkpointer.close()
+
+
+def load_run_weights(run: str) -> dict[str, Any]:
+    """The weights of a run of ours, from its latest checkpoint: what it evaluates, on the host.
+
+    Args:
+      run: its work directory.
+
+    Returns:
+      ``{"params": ..., "batch_stats": ...}`` of NumPy arrays.
+
+    Raises:
+      UsageError: there is no such folder, or no checkpoint in it.
+    """
+    folder = pathlib.Path(run).expanduser().absolute() / "checkpoints"
+    if not folder.parent.exists():
+        raise UsageError(f"init.weights={run}: no such file or folder")
+    steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()] if folder.is_dir() else []
+    if not steps:
+        raise UsageError(f"init.weights={run}: no checkpoint in it (expected the work directory of a run)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Orbax would rather be told where to put the arrays.
+        with ocp.training.Checkpointer(folder) as checkpointer:
+            state = checkpointer.load(max(steps))
+    weights = state["average"] or {name: state[name] for name in ("params", "batch_stats")}
+    return jax.tree.map(np.asarray, weights)
