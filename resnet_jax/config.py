@@ -292,9 +292,16 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def recipe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The recipe's fields that differ between two flat configs, as ``name: before -> now``."""
-    return [
-        f"{field.name}: {before.get(field.name)} -> {now[field.name]}"
-        for field in FIELDS
-        if field.recipe and before.get(field.name, field.default if field.default != () else []) != now[field.name]
-    ]
+    """The recipe's fields that differ between two flat configs, as ``name: before -> now``.
+
+    The length of the training is one of them where the schedule ends with it.
+    """
+    follows_length = now["schedule.name"] in ("linear", "cosine") and not now["schedule.end_step"]
+    recipe = [field for field in FIELDS if field.recipe or (follows_length and field.name in ("epochs", "steps"))]
+    changes = []
+    for field in recipe:
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        was = before.get(field.name, default)
+        if was != now[field.name]:
+            changes.append(f"{field.name}: {was} -> {now[field.name]}")
+    return changes

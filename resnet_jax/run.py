@@ -9,6 +9,7 @@ from resnet_jax import distributed
 from resnet_jax.classification.task import Classification
 from resnet_jax.config import flatten
 from resnet_jax.errors import UsageError
+from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.loop import Training
 from resnet_jax.training.workdir import check_recipe, open_workdir
 
@@ -21,7 +22,7 @@ def run_classification(config: ml_collections.ConfigDict, workdir: pathlib.Path,
     """
     workdir = workdir.absolute()
     check_recipe(workdir, flatten(config))
-    if mode == "eval" and not (workdir / "checkpoints").is_dir() and not config.init.weights:
+    if mode == "eval" and latest_step(workdir) is None and not config.init.weights:
         raise UsageError(f"--mode=eval: {workdir} has no checkpoint; train it first, or set --config.init.weights")
     if config.model.dtype == "float64":
         jax.config.update("jax_enable_x64", True)

@@ -6,12 +6,10 @@ from typing import Any
 from flax import linen as nn
 import jax
 from jax import numpy as jnp
-from jax.sharding import PartitionSpec
 import ml_collections
 import optax
 
 from resnet_jax.data import augment
-from resnet_jax.models.layers import BATCH_AXIS
 from resnet_jax.training import schedules
 from resnet_jax.training.state import TrainState
 
@@ -91,7 +89,6 @@ def make_train_step(
         def forward(params, part, number):
             images = jnp.take(resident["images"], part["index"], axis=0, mode="clip")
             labels = jnp.take(resident["labels"], part["index"], axis=0, mode="clip")
-            images = jax.lax.with_sharding_constraint(images, PartitionSpec(BATCH_AXIS))
             images = augment.normalise(images, resident["mean"], resident["std"])
             keys = augment.example_keys(seed, part["epoch"], part["index"])
             images = augment.augment(keys, images, config.data.pad, config.data.flip)
@@ -171,7 +168,6 @@ def make_eval_step(model: nn.Module) -> Callable[[dict[str, Any], Batch, Residen
     def step(variables: dict[str, Any], batch: Batch, resident: Resident) -> dict[str, jax.Array]:
         images = jnp.take(resident["images"], batch["index"], axis=0, mode="clip")
         labels = jnp.take(resident["labels"], batch["index"], axis=0, mode="clip")
-        images = jax.lax.with_sharding_constraint(images, PartitionSpec(BATCH_AXIS))
         logits = model.apply(variables, augment.normalise(images, resident["mean"], resident["std"]), train=False)
         return {
             "loss": cross_entropy(logits, labels),

@@ -12,15 +12,24 @@ from orbax.checkpoint import v1 as ocp
 from resnet_jax.errors import UsageError
 from resnet_jax.training.state import TrainState
 
+FOLDER = "checkpoints"
+
+
+def latest_step(workdir: pathlib.Path) -> int | None:
+    """The step of the newest checkpoint in a work directory, or None; touches nothing."""
+    folder = workdir / FOLDER
+    steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()] if folder.is_dir() else []
+    return max(steps, default=None)
+
 
 class Checkpoints:
     """The checkpoints of one work directory, each a TrainState with a small record of JSON."""
 
-    def __init__(self, folder: pathlib.Path, keep: int, objective: str):
-        """Opens ``folder`` (made at the first save).
+    def __init__(self, workdir: pathlib.Path, keep: int, objective: str):
+        """Opens the folder ``checkpoints`` of a work directory.
 
         Args:
-          folder: where the checkpoints lie.
+          workdir: where it is, or will be.
           keep: how many of the latest stay.
           objective: the metric by which the best is chosen; less is better.
         """
@@ -33,7 +42,7 @@ class Checkpoints:
         )
         self._objective = objective
         self._checkpointer = ocp.training.Checkpointer(
-            folder,
+            workdir / FOLDER,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,
@@ -94,15 +103,15 @@ def load_run_weights(run: str) -> dict[str, Any]:
     Raises:
       UsageError: there is no such folder, or no checkpoint in it.
     """
-    folder = pathlib.Path(run).expanduser().absolute() / "checkpoints"
-    if not folder.parent.exists():
+    workdir = pathlib.Path(run).expanduser().absolute()
+    if not workdir.exists():
         raise UsageError(f"init.weights={run}: no such file or folder")
-    steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()] if folder.is_dir() else []
-    if not steps:
+    step = latest_step(workdir)
+    if step is None:
         raise UsageError(f"init.weights={run}: no checkpoint in it (expected the work directory of a run)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Orbax would rather be told where to put the arrays.
-        with ocp.training.Checkpointer(folder) as checkpointer:
-            state = checkpointer.load(max(steps))
+        with ocp.training.Checkpointer(workdir / FOLDER) as checkpointer:
+            state = checkpointer.load(step)
     weights = state["average"] or {name: state[name] for name in ("params", "batch_stats")}
     return jax.tree.map(np.asarray, weights)

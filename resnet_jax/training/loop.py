@@ -12,9 +12,10 @@ import ml_collections
 import numpy as np
 
 from resnet_jax import distributed
+from resnet_jax.errors import UsageError
 from resnet_jax.training.checkpoints import Checkpoints
 from resnet_jax.training.metrics import Console, MetricsWriter, write_json
-from resnet_jax.training.progress import Diverged, Record, Window, averages
+from resnet_jax.training.progress import Diverged, Record, Window
 from resnet_jax.training.signals import Stopped, StopSignal
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Evaluation, Task
@@ -32,7 +33,7 @@ class Training:
 
     def __init__(self, task: Task, config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh):
         self._task, self._config, self._workdir, self._mesh = task, config, workdir, mesh
-        self._checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, task.objective)
+        self._checkpoints = Checkpoints(workdir, config.checkpoint.keep, task.objective)
         self._console = Console(task.total_steps)
         self._window = Window()
         self._one_step = jax.jit(task.train_step, donate_argnums=0)
@@ -40,6 +41,7 @@ class Training:
         # On CPU a loop makes convolutions slow; elsewhere one dispatch runs the steps between two log lines.
         self._dispatch = 1 if jax.default_backend() == "cpu" else config.log.every
         self._saved_at = time.monotonic()
+        self._rate = 0.0  # Steps a second in the last window.
 
     def _scan_steps(self, state: TrainState, batches: Any, resident: Any):
         return jax.lax.scan(lambda s, batch: self._task.train_step(s, batch, resident), state, batches)
@@ -87,6 +89,10 @@ class Training:
         step = self._checkpoints.latest
         if step is None:
             return state, 0, Record()
+        if step > self._task.total_steps:
+            raise UsageError(
+                f"{self._workdir} is at step {step} already, beyond the {self._task.total_steps} asked for"
+            )
         state, record = self._checkpoints.restore(state, step)
         return state, step, Record(**record)
 
@@ -124,14 +130,13 @@ class Training:
                     self._log(step, record)
                 stop.poll()
                 if self._evaluation_due(step):
-                    self._log(step, record)
+                    self._take_in(step, record)
                     state, improved = self._evaluate(state, step, record, stop.poll)
             self._save(state, step, record, improved)
             evaluation = self._task.evaluate(state, "test", stop.poll)
         except Stopped:
             # An evaluation broken off is made up for when the run goes on: its step is not in the record.
             step = int(state.step)
-            self._log(step, record)
             self._save(state, step, record, improved=False)
             self._checkpoints.wait()
             self._console.line(f"stopped by {stop.received.name} and saved at step {step}; the same command resumes")
@@ -163,19 +168,23 @@ class Training:
             self._console.advance(step)
         return state, step
 
-    def _log(self, step: int, record: Record) -> None:
-        """Takes in the metrics of the steps since the last log; raises ``Diverged``."""
+    def _take_in(self, step: int, record: Record) -> None:
+        """Waits for the steps up to ``step`` and takes in their metrics; raises ``Diverged``."""
         per_step, seconds, timed = self._window.take()
-        if not per_step:
-            return
         for number, metrics in enumerate(per_step, start=step - len(per_step) + 1):
             epoch = (number - 1) * self._task.examples_per_step // self._task.examples_per_epoch
             record.take_in(number, epoch, metrics)
         record.timed_seconds += seconds
         record.timed_steps += timed
         record.seconds = time.monotonic() - self._started
-        rate = timed / seconds if timed else record.steps_per_second or 0.0
-        values = averages(per_step) | {
+        if timed:
+            self._rate = timed / seconds
+
+    def _log(self, step: int, record: Record) -> None:
+        """Writes the averages since the last log, and shows them."""
+        self._take_in(step, record)
+        rate = self._rate
+        values = record.take_window() | {
             "epoch": step * self._task.examples_per_step / self._task.examples_per_epoch,
             "images_per_second": rate * self._task.examples_per_step,
             "seconds_per_step": 1 / rate if rate else 0.0,
@@ -205,14 +214,16 @@ class Training:
 
     def _checkpoint_due(self, step: int) -> bool:
         every, minutes = self._config.checkpoint.every, self._config.checkpoint.minutes
-        if not step or step == self._checkpoints.latest:
+        if not step:
             return False
         by_time = bool(minutes) and time.monotonic() - self._saved_at > 60 * minutes
         return by_time or (bool(every) and step % every == 0)
 
     def _save(self, state: TrainState, step: int, record: Record, improved: bool) -> None:
-        self._log(step, record)  # Only finite states are saved.
-        record.seconds = time.monotonic() - self._started
+        """Saves ``step`` unless it is saved already; an ``improved`` one is saved again, as the best."""
+        if step == self._checkpoints.latest and not improved:
+            return
+        self._take_in(step, record)  # Only finite states are saved.
         self._checkpoints.save(state, step, dataclasses.asdict(record), record.best if improved else None)
         self._saved_at = time.monotonic()
         self._window.pause()

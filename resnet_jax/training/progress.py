@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,8 +21,9 @@ class Record:
 
     Attributes:
       epoch: the epoch of the last step taken in.
-      epoch_steps: steps of it taken in.
-      epoch_sums: sum of each metric over them.
+      epoch_sums: sum of each metric over the steps of it; ``steps`` is their number.
+      window_sums: the same over the steps since the last log line.
+      learning_rate: the last step's.
       evaluated: step of the last evaluation, -1 before the first.
       best: lowest objective so far, %, and best_step its step.
       seconds: time of the whole run.
@@ -31,8 +31,9 @@ class Record:
     """
 
     epoch: int = 0
-    epoch_steps: int = 0
     epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    window_sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    learning_rate: float = 0.0
     evaluated: int = -1
     best: float | None = None
     best_step: int | None = None
@@ -45,14 +46,22 @@ class Record:
         if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["gradient_norm"]):
             raise Diverged(step, metrics["loss"], metrics["gradient_norm"])
         if epoch != self.epoch:
-            self.epoch, self.epoch_steps, self.epoch_sums = epoch, 0, {}
-        self.epoch_steps += 1
-        for name, value in metrics.items():
-            self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
+            self.epoch, self.epoch_sums = epoch, {}
+        self.learning_rate = metrics["learning_rate"]
+        for sums in (self.epoch_sums, self.window_sums):
+            for name, value in (metrics | {"steps": 1}).items():
+                sums[name] = sums.get(name, 0) + value
 
     def epoch_average(self, name: str) -> float | None:
         """The running average of a metric over the last epoch, or None where it has none."""
-        return self.epoch_sums[name] / self.epoch_steps if name in self.epoch_sums else None
+        return self.epoch_sums[name] / self.epoch_sums["steps"] if name in self.epoch_sums else None
+
+    def take_window(self) -> dict[str, float]:
+        """Averages of the metrics since the last call, ``train_`` before their names, and the learning rate."""
+        sums, self.window_sums = self.window_sums, {}
+        steps = sums.pop("steps")
+        means = {f"train_{name}": value / steps for name, value in sums.items() if name != "learning_rate"}
+        return means | {"learning_rate": self.learning_rate}
 
     @property
     def steps_per_second(self) -> float | None:
@@ -94,10 +103,3 @@ class Window:
     def pause(self) -> None:
         """Stops the clock for what is not training."""
         self._clock = None
-
-
-def averages(per_step: list[dict[str, float]]) -> dict[str, Any]:
-    """Mean of every metric over steps, ``train_`` before its name; the learning rate is the last step's."""
-    means = {f"train_{name}": float(np.mean([step[name] for step in per_step])) for name in per_step[0]}
-    del means["train_learning_rate"]
-    return means | {"learning_rate": per_step[-1]["learning_rate"]}

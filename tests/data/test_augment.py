@@ -15,6 +15,14 @@ CHI_SQUARE_9999 = {1: 15.14, 8: 31.83, 80: 135.78}  # Degrees of freedom -> 99.9
 DRAWS = 10_000
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """XLA takes most of these tests' time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def crops_by_hand(image: np.ndarray, pad: int) -> dict[tuple[bool, int, int], np.ndarray]:
     """All crops of a zero-padded [H, W, C] image and their mirror images, by (mirrored, top, left)."""
     height, width = image.shape[:2]

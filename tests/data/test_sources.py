@@ -26,9 +26,6 @@ def load(**settings) -> Dataset:
     return load_dataset(config.data)
 
 
-# --- digits
-
-
 def test_digits_are_all_of_scikit_learns_scans_split_1438_to_359():
     from sklearn.datasets import load_digits
 
@@ -55,12 +52,9 @@ def test_digits_are_all_of_scikit_learns_scans_split_1438_to_359():
 
 
 def test_digits_test_fifth_is_always_the_same():
-    data = load(source="digits")
-    assert hashlib.sha256(data.test.labels.astype("<i4").tobytes()).hexdigest()[:16] == "cb64d51edaf8c3d2"
-    assert np.bincount(data.test.labels).tolist() == []
-
-
-# --- CIFAR
+    labels = load(source="digits").test.labels
+    assert labels[:20].tolist() == [4, 2, 4, 9, 1, 8, 5, 9, 1, 2, 3, 4, 6, 8, 7, 3, 1, 7, 6, 3]
+    assert np.bincount(labels).tolist() == [28, 32, 35, 42, 26, 49, 36, 35, 38, 38]
 
 
 def cifar_files(name: str, per_file: int = 2) -> dict[str, bytes]:
@@ -295,14 +289,11 @@ def test_a_cifar_archive_with_altered_pixels_is_refused_by_its_checksum(tmp_path
         load(source="cifar", name="cifar10", dir=str(path))
 
 
-# --- a folder of images
-
-
 def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (6, 4)) -> Image.Image:
     """A random picture; ``size`` is (width, height)."""
     channels = {"RGB": 3, "L": 1, "LA": 2, "RGBA": 4}[mode]
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), np.uint8)
-    return Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels, mode)
+    return Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels)
 
 
 @pytest.fixture
@@ -576,9 +567,6 @@ def test_training_and_test_images_of_two_sizes_need_image_size(folder, cache):
         picture(1, size=(8, 8)).save(file)
     with pytest.raises(UsageError, match=r"training images are 4x6 pixels, test images 8x8; set data\.image_size"):
         load_folder(folder, cache)
-
-
-# --- what the sources share
 
 
 def test_an_unknown_source_names_the_nearest():

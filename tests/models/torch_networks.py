@@ -185,17 +185,19 @@ class VGG(nn.Module):
         self.fc7 = nn.Linear(4096, 4096)
         self.fc8 = nn.Linear(4096, classes)
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
+    def features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What leaves every stage (``stage1``, ...)."""
+        outputs = {}
         for name in self.stages:
-            images = getattr(self, name)(images)
-        return images
+            images = outputs[name] = getattr(self, name)(images)
+        return outputs
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Logits of features [N, C, 7, 7], which the first fully connected layer reads channel by channel."""
         return self.fc8(F.relu(self.fc7(F.relu(self.fc6(torch.flatten(features, 1))))))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.classify(self.features(images))
+        return self.classify(self.features(images)[self.stages[-1]])
 
 
 MODULES = (
@@ -250,22 +252,21 @@ def load_variables(network: nn.Module, variables: dict[str, Any]) -> None:
     network.load_state_dict(state)
 
 
-def random_variables(model: linen.Module, image_shape: Sequence[int], seed: int, dtype: Any = np.float32) -> Any:
+def random_variables(model: linen.Module, image_shape: Sequence[int], seed: int) -> Any:
     """Random parameters and running statistics for one of our networks, BN's far from their initial ones and zeros."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape), model.dtype)))
 
     def draw(path, leaf):
-        normal, uniform = rng.standard_normal(leaf.shape, np.float32), rng.uniform(0.5, 1.5, leaf.shape)
         match path[-1].key:
             case "kernel":
-                value = normal * np.sqrt(2 / np.prod(leaf.shape[:-1]))
-            case "var":
-                value = 2 * uniform
+                value = rng.standard_normal(leaf.shape, np.float32) * np.sqrt(2 / np.prod(leaf.shape[:-1]))
             case "scale":
-                value = uniform
+                value = rng.uniform(0.5, 1.5, leaf.shape)
+            case "var":
+                value = rng.uniform(1, 3, leaf.shape)
             case _:
-                value = 0.3 * normal
-        return value.astype(dtype)
+                value = rng.normal(0, 0.3, leaf.shape)
+        return value.astype(leaf.dtype)
 
     return jax.tree.map_with_path(draw, shapes)
