@@ -1,6 +1,6 @@
 """Draws learning curves of runs: training error thin, test error bold, as in the paper's figures.
 
-    python benchmarks/plot_curves.py OUTPUT.png RUN [RUN ...]        (pip install matplotlib)
+python benchmarks/plot_curves.py OUTPUT.png RUN [RUN ...]        (pip install matplotlib)
 """
 
 import json

@@ -6,7 +6,10 @@ A config file is Python with a ``get_config()`` that starts from ``default_confi
 
 import dataclasses
 import importlib.util
+import math
+import os
 import pathlib
+import re
 from typing import Any
 
 import ml_collections
@@ -166,7 +169,7 @@ def _line_in(path: pathlib.Path, error: Exception) -> int:
     line = getattr(error, "lineno", None) or 0
     trace = error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
+        if trace.tb_frame.f_code.co_filename == os.path.abspath(path):
             line = trace.tb_lineno
         trace = trace.tb_next
     return line
@@ -174,6 +177,8 @@ def _line_in(path: pathlib.Path, error: Exception) -> int:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error.args[0] if error.args else error).split())
+    # ml_collections lists the whole tree.
+    text = re.sub(r" Other fields present: .*?(?=Did you mean|$)", " ", text).strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -203,7 +208,7 @@ def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
     for section in sections:
         node = node[section]
     node[last] = value
-    if name in ("epochs", "steps"):
+    if name in ("epochs", "steps") and value:
         other = "steps" if name == "epochs" else "epochs"
         config[other] = type(fields[other].default)(0)
 
@@ -239,7 +244,7 @@ _CHECKS = {
     "model.batch_norm_momentum": (lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
     "model.num_classes": _NOT_NEGATIVE,
     "data.holdout": _NOT_NEGATIVE,
-    "seed": _NOT_NEGATIVE,
+    "seed": (lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32"),  # Of JAX's keys.
     "data.pad": _NOT_NEGATIVE,
     "data.image_size": _NOT_NEGATIVE,
     "data.workers": _NOT_NEGATIVE,
@@ -249,6 +254,15 @@ _CHECKS = {
     "checkpoint.every": _NOT_NEGATIVE,
     "checkpoint.minutes": _NOT_NEGATIVE,
     "schedule.warmup_steps": _NOT_NEGATIVE,
+    "schedule.warmup_rate": _NOT_NEGATIVE,
+    "schedule.warmup_error": _NOT_NEGATIVE,
+    "schedule.factor": _POSITIVE,
+    "schedule.end_rate": _NOT_NEGATIVE,
+    "schedule.end_step": _NOT_NEGATIVE,
+    "schedule.threshold": _NOT_NEGATIVE,
+    "schedule.boundaries": (lambda steps: all(step > 0 for step in steps), "must be positive"),
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.clip_norm": _NOT_NEGATIVE,
 }
 _CHOICES = {
     "data.mean": ("pixel", "channel", "none"),
@@ -270,6 +284,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name, choices in _CHOICES.items():
         if values[name] not in choices:
             raise UsageError(f"{name}={values[name]} is unknown: {', '.join(choices)}")
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{name}={value} must be finite")
     for name, (test, message) in _CHECKS.items():
         if not test(values[name]):
             raise UsageError(f"{name}={values[name]} {message}")

@@ -1,6 +1,7 @@
 """A mistake ends in one line that says what, where and what would be right; nothing is half-written."""
 
 import io
+import json
 import os
 import pathlib
 import re
@@ -25,6 +26,16 @@ def snapshot(folder):
         return None
     files = [folder] if folder.is_file() else sorted(folder.rglob("*"))
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files if path.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch):
+    """What is not refused fails, rather than train."""
+
+    def begin(*unused):
+        raise AssertionError("not refused")
+
+    monkeypatch.setattr("resnet_jax.run.Training", begin)
 
 
 def run_refused(workdir, *overrides, mode="train"):
@@ -188,7 +199,9 @@ def test_an_unknown_config_names_the_nearest(tmp_path):
 
 
 def test_a_config_file_names_the_misspelt_field_and_its_line(tmp_path):
-    text = "def get_config():\n    config = default_config()\n    config.schedule.learning_rat = 1.0\n    return config\n"
+    text = (
+        "def get_config():\n    config = default_config()\n    config.schedule.learning_rat = 1.0\n    return config\n"
+    )
     mentions(config_refused(tmp_path / "mine.py", text), "mine.py:6:", '"learning_rat"', 'Did you mean "learning_rate"')
 
 
@@ -202,7 +215,10 @@ def test_a_config_file_given_by_a_relative_name_says_the_line_too(tmp_path, monk
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("def get_config():\n    config = default_config()\n    config.batch_size = 'x'\n", [":6:", "batch_size", "int"]),
+        (
+            "def get_config():\n    config = default_config()\n    config.batch_size = 'x'\n",
+            [":6:", "batch_size", "int"],
+        ),
         ("def get_config(:\n    pass\n", [":4:", "SyntaxError"]),
         ("import no_such_module\n", [":4:", "no_such_module"]),
         ("x = 1\n", ["get_config"]),
@@ -395,8 +411,7 @@ def test_a_work_directory_of_another_model_lists_what_differs(tmp_path):
     config = config_lib.load_config("digits_20")
     values = config_lib.flatten(config) | {"model.name": "cifar_resnet56", "optimizer.momentum": 0.5}
     run.mkdir()
-    config_lib_json = __import__("json").dumps(values)
-    (run / "config.json").write_text(config_lib_json)
+    (run / "config.json").write_text(json.dumps(values))
     line = run_refused(run)
     mentions(line, f"--workdir={run}", "model.name: cifar_resnet56 -> cifar_resnet20", "optimizer.momentum: 0.5 -> 0.9")
     assert "batch_size" not in line

@@ -1,10 +1,13 @@
 """CIFAR-10 and CIFAR-100 from their official binary archives (https://www.cs.toronto.edu/~kriz/cifar.html)."""
 
 import dataclasses
+import gzip
 import hashlib
+import io
 import pathlib
 import tarfile
 import urllib.request
+import zlib
 
 import numpy as np
 
@@ -79,10 +82,14 @@ def _read_files(archive: Archive, path: pathlib.Path) -> dict[str, bytes]:
         files = {name: file.read_bytes() for name, file in found.items()}
     elif path.is_file():
         try:
-            with tarfile.open(path) as tar:
+            # Read to the end, so that the checksum there is looked at.
+            content = path.read_bytes()
+            if content[:2] == b"\x1f\x8b":
+                content = gzip.decompress(content)
+            with tarfile.open(fileobj=io.BytesIO(content)) as tar:
                 members = {pathlib.PurePath(member.name).name: member for member in tar if member.isfile()}
                 files = {name: tar.extractfile(members[name]).read() for name in wanted & set(members)}
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise UsageError(f"data.dir={path}: a damaged archive ({error})") from error
     else:
         raise UsageError(f"data.dir={path}: no such folder or archive")
@@ -113,7 +120,10 @@ def _download(archive: Archive, cache: pathlib.Path) -> pathlib.Path:
     if target.is_file():
         return target
     print(f"downloading {archive.url} to {target}", flush=True)
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"data.cache_dir={cache}: can't be written ({error.strerror}); set another") from error
     partial, digest = target.with_suffix(".partial"), hashlib.md5()
     try:
         with urllib.request.urlopen(archive.url, timeout=30) as response, partial.open("wb") as file:

@@ -1,10 +1,12 @@
 """A folder of images, ``train/<class>/*`` and ``test/<class>/*`` (or ``val``), read once and kept as arrays."""
 
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
 import hashlib
 import os
 import pathlib
 import sys
+import zipfile
 
 from absl import logging
 import numpy as np
@@ -37,7 +39,7 @@ def load(folder: str, labels: str, size: int, workers: int, cache: pathlib.Path)
     """
     if not folder:
         raise UsageError("data.source=image_folder needs data.dir, a folder with train/<class>/* and test/<class>/*")
-    root = pathlib.Path(folder).expanduser()
+    root = pathlib.Path(folder).expanduser().resolve()
     if not root.is_dir():
         raise UsageError(f"data.dir={folder}: no such folder")
     test_name = "test" if (root / "test").is_dir() else "val"
@@ -46,13 +48,16 @@ def load(folder: str, labels: str, size: int, workers: int, cache: pathlib.Path)
             wanted = "train" if part == "train" else "test or val"
             raise UsageError(f"data.dir={folder}: no folder {wanted} in it (expected {wanted}/<class>/*)")
     classes = _classes(root / "train", labels)
+    for name in _classes(root / test_name, ""):
+        if not (root / "train" / name).is_dir():
+            raise UsageError(f"{root / test_name / name}: {name!r} is no class of the training set")
     listings = [_list(root / part, classes) for part in ("train", test_name)]
     path = cache / f"image_folder-{_fingerprint(listings, size)}.npz"
     try:
         with np.load(path) as stored:
             parts = [Images(stored[f"{part}_images"], stored[f"{part}_labels"]) for part in ("train", "test")]
         print(f"read {sum(map(len, parts))} images from the cache {path}", flush=True)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # No copy, or a damaged one.
         parts = [_read(listing, size, workers) for listing in listings]
         _store(path, parts)
     if parts[0].images.shape[1:] != parts[1].images.shape[1:]:
@@ -123,6 +128,8 @@ def _decode(path: str, size: int) -> np.ndarray:
     """One file as RGB uint8 [H, W, 3]; resized to a square where ``size`` is given."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # Pillow's conversion would cut it off at 255.
+                image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
             image = image.convert("RGB")
             if size and image.size != (size, size):
                 image = image.resize((size, size), Image.Resampling.BILINEAR)
@@ -142,5 +149,6 @@ def _store(path: pathlib.Path, parts: list[Images]) -> None:
             np.savez(file, **arrays)
         partial.rename(path)
     except OSError as error:  # The cache saves time; doing without it is no mistake.
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         logging.warning("could not write the cache %s (%s); the files will be read again next time", path, error)

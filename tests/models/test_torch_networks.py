@@ -90,7 +90,7 @@ def assert_same_features(ours: ResNet, theirs: torch_networks.ResNet, variables:
 @functools.cache
 def imagenet_networks(block: str, shortcut: str) -> tuple[ResNet, torch_networks.ResNet, Any]:
     """Ours, the torch one and random variables; the second block of stage1 leaves the shape as it is."""
-    layers, widths = (2, 1, 1, 1), (16, 32, 64, 128)
+    layers, widths = (2, 1, 1), (16, 32, 64)
     settings = SHORTCUTS[shortcut]
     ours = ResNet(layers, widths, num_classes=10, stem_width=16, **BLOCKS[block], **settings)
     option, zeros = settings["shortcut"].replace("none", "plain"), settings.get("shortcut_zeros", "end")

@@ -50,8 +50,11 @@ def get_config():
     config.eval.batch_size = 50
     config.checkpoint.every = 8
     config.log.every = 5
+    config.log.tensorboard = False
     return config
 """
+
+KEEP_ALL = "--config.checkpoint.keep=1000"
 
 # python -c HOOK SIGNAL PLACE STEP FLAGS...: resnet_jax.main, which sends itself a signal.
 HOOK = """
@@ -228,7 +231,7 @@ def program(tmp_path_factory):
 def uninterrupted(program, tmp_path_factory):
     """A run that nobody disturbed; it compiles what the others read from the cache, and keeps all its checkpoints."""
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    program.run(workdir, "--config.checkpoint.keep=1000")
+    program.run(workdir, KEEP_ALL)
     assert saved_steps(workdir) == {8, 16, 20, 24, 32, 40, 48, 56, 60}
     return workdir
 
@@ -282,29 +285,26 @@ def test_sigterm_and_ctrl_c_save_and_the_run_ends_as_if_they_never_came(program,
 
 def test_a_finished_run_started_again_says_so_and_touches_nothing(program, uninterrupted):
     before = contents(uninterrupted)
-    out = program.run(uninterrupted)
+    out = program.run(uninterrupted, KEEP_ALL)
     assert re.fullmatch(r".* is finished: step 60, top1 error .*\n", out)
     assert contents(uninterrupted) == before
 
 
-@pytest.mark.parametrize(
-    ("flag", "change"),
-    [
-        ("--config.schedule.learning_rate=0.2", "schedule.learning_rate: 0.05 -> 0.2"),
-        ("--config.model.name=cifar_resnet14", "model.name: cifar_resnet8 -> cifar_resnet14"),
-    ],
-)
-def test_a_run_does_not_resume_with_another_recipe_and_lists_the_field(program, uninterrupted, flag, change):
+def test_a_run_does_not_resume_with_another_recipe_and_lists_the_fields(program, uninterrupted):
     before = contents(uninterrupted)
-    err = program.run(uninterrupted, flag, status=2)
+    err = program.run(uninterrupted, "--config.model.name=cifar_resnet14", "--config.batch_size=32", status=2)
     assert re.fullmatch(r"error: .+\n", err)
-    assert f"--workdir={uninterrupted} holds a run of another recipe ({change})" in err
+    changes = "model.name: cifar_resnet8 -> cifar_resnet14; batch_size: 64 -> 32"
+    assert f"--workdir={uninterrupted} holds a run of another recipe ({changes})" in err
     assert contents(uninterrupted) == before
 
 
+@pytest.mark.xfail(strict=True, reason="config.json is written before the checkpoint is looked at")
 def test_a_run_is_not_cut_short_by_a_shorter_length(program, uninterrupted):
-    err = program.run(uninterrupted, "--config.steps=30", status=2)
+    before = contents(uninterrupted)
+    err = program.run(uninterrupted, KEEP_ALL, "--config.steps=30", status=2)
     assert re.fullmatch(r"error: .*step 60.*30.*\n", err)
+    assert contents(uninterrupted) == before
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +319,7 @@ def lengthened(program, uninterrupted, tmp_path_factory):
 def test_a_finished_run_goes_on_to_a_longer_length(uninterrupted, lengthened):
     assert json.loads((lengthened / "summary.json").read_text())["step"] == 80
     assert records(lengthened)[: len(records(uninterrupted))] == records(uninterrupted)
-    assert arrays(lengthened, 80)[".step" if ".step" in arrays(lengthened, 80) else "['step']"] == 80
+    assert arrays(lengthened, 80)["['step']"] == 80
 
 
 @pytest.mark.slow
@@ -328,16 +328,22 @@ def test_a_lengthened_run_is_the_run_of_that_length(program, lengthened, tmp_pat
     assert_same_run(lengthened, tmp_path / "run", end=80)
 
 
+# A rate that suddenly is 1e37: the step after finds what the weights have become.
 EXPLODES = ("--config.schedule.name=steps", "--config.schedule.factor=1e38")
+
+
+def assert_finite(state):
+    spoilt = [name for name, array in state.items() if not np.isfinite(array).all()]
+    assert set(spoilt) <= {"['schedule']['best_error']"}  # Infinity before the first evaluation.
 
 
 def test_a_run_that_diverges_stops_with_the_step_and_the_last_good_checkpoint(program, tmp_path):
     run = tmp_path / "run"
-    out = program.run(run, *EXPLODES, "--config.schedule.boundaries=20", status=1)  # The 21st step spoils the weights.
+    out = program.run(run, *EXPLODES, "--config.schedule.boundaries=10", status=1)  # Step 11 spoils the weights.
     line = out.splitlines()[-1]
-    assert re.match(r"stopped: diverged at step 22: loss nan, gradient norm nan; ", line)
-    assert line.endswith(f"the last good checkpoint is {run}/checkpoints/20")
-    assert all(np.isfinite(array).all() for name, array in arrays(run, 20).items() if "best_error" not in name)
+    assert re.match(r"stopped: diverged at step 12: loss \S+, gradient norm nan; ", line)
+    assert line.endswith(f"the last good checkpoint is {run}/checkpoints/8")
+    assert_finite(arrays(run, 8))
     assert not (run / "summary.json").exists()
 
 
@@ -345,35 +351,27 @@ def test_a_run_that_diverges_stops_with_the_step_and_the_last_good_checkpoint(pr
 @pytest.mark.xfail(strict=True, reason="_save looks at the loss before the last update, not at the state it saves")
 def test_what_is_called_a_good_checkpoint_is_finite(program, tmp_path):
     run = tmp_path / "run"
-    program.run(run, *EXPLODES, "--config.schedule.boundaries=23", status=1)  # The 24th step, which is to be saved.
+    program.run(run, *EXPLODES, "--config.schedule.boundaries=15", status=1)  # Step 16 is to be saved.
     for step in saved_steps(run):
-        spoilt = [name for name, array in arrays(run, step).items() if not np.isfinite(array).all()]
-        assert [name for name in spoilt if "best_error" not in name] == []
+        assert_finite(arrays(run, step))
 
 
 def test_what_a_donated_step_does_to_its_buffers_does_not_reach_a_checkpoint(tmp_path):
-    advance = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
-    weights = jnp.zeros((1024, 4096), jnp.float32)  # 16 MB: it takes a while to write.
-    like = TrainState(jnp.int32(0), {"kernel": weights}, {}, (), initial_schedule_state(), None)
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    weights = {"kernel": jnp.zeros((1024, 4096), jnp.float32)}  # 16 MB: it takes a while to write.
+    state = step(TrainState(jnp.int32(0), weights, {}, (), initial_schedule_state(), None))
+    assert weights["kernel"].is_deleted()  # Steps do reuse the buffers.
     checkpoints = Checkpoints(tmp_path, keep=3, objective="top1_error")
-    state = jax.tree.map(jnp.copy, like)
-    for step in (1, 2, 3):
-        state = advance(state)
-        checkpoints.save(state, step, {}, None)
-        kept, state = state, advance(state)
-        assert kept.params["kernel"].is_deleted()  # The buffer has been given away.
-        for _ in range(10):
-            state = advance(state)
-        state = jax.tree.map(lambda x: jnp.full_like(x, step), state)  # noqa: B023
+    for saved in (1, 21, 41):
+        assert int(state.step) == saved
+        checkpoints.save(state, saved, {}, None)
+        for _ in range(20):
+            state = step(state)
     checkpoints.close()
-    for step, expected in ((1, 1), (2, 2), (3, 3)):
-        kernel = arrays_of(tmp_path, step)
-        assert (kernel == expected).all()
-
-
-def arrays_of(workdir, step):
-    (kernel,) = (array for name, array in arrays(workdir, step).items() if "kernel" in name)
-    return kernel
+    for saved in (1, 21, 41):
+        stored = arrays(tmp_path, saved)
+        assert stored["['step']"] == saved
+        assert (stored["['params']['kernel']"] == saved).all()
 
 
 def test_the_log_is_cut_back_to_the_step_that_a_run_resumes_from(tmp_path):
@@ -439,8 +437,8 @@ def test_a_checkpoint_that_is_saved_again_is_not_lost_by_a_kill(program, uninter
 
 @pytest.mark.slow
 def test_a_run_killed_from_outside_again_and_again_ends_as_if_it_never_was(program, uninterrupted, tmp_path):
-    run, moment = tmp_path / "run", random.Random(0)
-    for kills in range(20):
+    run, moment, kills = tmp_path / "run", random.Random(0), 0
+    while not (run / "summary.json").exists():
         before = max(saved_steps(run), default=0)
         with program.start(run) as process:
             while process.poll() is None:
@@ -450,8 +448,7 @@ def test_a_run_killed_from_outside_again_and_again_ends_as_if_it_never_was(progr
                     break
                 time.sleep(0.001)
             process.communicate()
-        if process.returncode == 0:
-            break
-    assert process.returncode == 0
+        assert process.returncode in (0, -signal.SIGKILL)
+        kills += process.returncode != 0
     assert kills >= 2
     assert_same_run(run, uninterrupted)
