@@ -68,7 +68,8 @@ FIELDS = (
     Field("optimizer.weight_decay", 1e-4, "", "L2 penalty added to the gradient."),
     Field("optimizer.decay", "all", "", "What decays: all parameters (Caffe, the paper) or kernels only."),
     Field("optimizer.clip_norm", 0.0, "", "Largest norm of the whole gradient; 0 does not clip."),
-    Field("optimizer.accumulate", 1, "", "Parts a batch is worked through in; gradients are averaged."),
+    Field("optimizer.accumulate", 1, "", "Parts a batch is worked through in, to save"
+          " memory; gradients are averaged. BN groups stay whole; global BN is of one part."),
     Field("optimizer.ema", 0.0, "", "Decay of an average of the weights that is evaluated in their place; 0: none."),
     Field("schedule.name", "steps", "", "constant, steps, linear, cosine or plateau."),
     Field("schedule.learning_rate", 0.1, "", "Learning rate after warm-up."),

@@ -84,15 +84,15 @@ def make_train_step(
     dropout = getattr(model, "dropout", 0.0)
 
     def step(state: TrainState, batch: Batch, resident: Resident):
-        seed = jax.random.key(config.seed)
+        augment_seed, dropout_seed = jax.random.split(jax.random.key(config.seed))
 
         def forward(params, part, number):
             images = jnp.take(resident["images"], part["index"], axis=0, mode="clip")
             labels = jnp.take(resident["labels"], part["index"], axis=0, mode="clip")
             images = augment.normalise(images, resident["mean"], resident["std"])
-            keys = augment.example_keys(seed, part["epoch"], part["index"])
+            keys = augment.example_keys(augment_seed, part["epoch"], part["index"])
             images = augment.augment(keys, images, config.data.pad, config.data.flip)
-            key = jax.random.fold_in(jax.random.fold_in(seed, state.step), number)
+            key = jax.random.fold_in(jax.random.fold_in(dropout_seed, state.step), number)
             logits, updated = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
                 images,

@@ -37,7 +37,11 @@ class Classification:
         self._config, self._mesh = config, mesh
         parts = config.optimizer.accumulate
         distributed.check_batch("batch_size", config.batch_size, mesh, parts)
-        count_groups(config.model.batch_norm, config.batch_size // parts)
+        # With several parts a group must lie in one device's share of one, or its members would change.
+        whole = config.batch_size if parts == 1 else config.batch_size // (parts * mesh.size)
+        count_groups(
+            config.model.batch_norm, whole if config.model.batch_norm.startswith("group:") else config.batch_size
+        )
 
         self._model_settings()  # Mistakes in the model's name are cheaper to find than the data.
         dataset = load_dataset(config.data)

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import os
 import pathlib
 import tarfile
 import urllib.request
@@ -124,7 +125,7 @@ def _download(archive: Archive, cache: pathlib.Path) -> pathlib.Path:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"data.cache_dir={cache}: can't be written ({error.strerror}); set another") from error
-    partial, digest = target.with_suffix(".partial"), hashlib.md5()
+    partial, digest = target.with_suffix(f".{os.getpid()}.partial"), hashlib.md5()
     try:
         with urllib.request.urlopen(archive.url, timeout=30) as response, partial.open("wb") as file:
             while block := response.read(1 << 20):

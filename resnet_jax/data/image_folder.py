@@ -74,7 +74,9 @@ def _classes(folder: pathlib.Path, labels: str) -> tuple[str, ...]:
     if not labels:
         return tuple(found)
     named = [line.strip() for line in pathlib.Path(labels).read_text().splitlines() if line.strip()]
-    for name in named:
+    for i, name in enumerate(named):
+        if name in named[:i]:
+            raise UsageError(f"data.labels={labels}: class {name!r} is listed twice")
         if name not in found:
             raise UsageError(f"data.labels={labels}: class {name!r} has no folder in {folder}")
     return tuple(named)

@@ -31,15 +31,31 @@ def _next_multiple(step: int, every: int, end: int) -> int:
 class Training:
     """One run of a task in a work directory: resumes, trains, evaluates, saves, reports."""
 
-    def __init__(self, task: Task, config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh):
+    def __init__(
+        self,
+        task: Task,
+        config: ml_collections.ConfigDict,
+        workdir: pathlib.Path,
+        mesh: jax.sharding.Mesh,
+        steps_per_dispatch: int | None = None,
+    ):
+        """Opens the run.
+
+        Args:
+          task: what is trained.
+          config: the whole config.
+          workdir: an existing folder.
+          mesh: the devices, in force (``jax.set_mesh``).
+          steps_per_dispatch: steps that the device runs without hearing from Python; by default one on CPUs, where
+            loops make convolutions slow, and those between two log lines elsewhere.
+        """
         self._task, self._config, self._workdir, self._mesh = task, config, workdir, mesh
         self._checkpoints = Checkpoints(workdir, config.checkpoint.keep, task.objective)
         self._console = Console(task.total_steps)
         self._window = Window()
         self._one_step = jax.jit(task.train_step, donate_argnums=0)
         self._many_steps = jax.jit(self._scan_steps, donate_argnums=0)
-        # On CPU a loop makes convolutions slow; elsewhere one dispatch runs the steps between two log lines.
-        self._dispatch = 1 if jax.default_backend() == "cpu" else config.log.every
+        self._dispatch = steps_per_dispatch or (1 if jax.default_backend() == "cpu" else config.log.every)
         self._saved_at = time.monotonic()
         self._rate = 0.0  # Steps a second in the last window.
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: E402
 import torch_networks  # noqa: E402
 from torch_networks import load_variables, random_variables, to_torch  # noqa: E402
 
+from resnet_jax import distributed  # noqa: E402
 from resnet_jax.classification.steps import make_train_step  # noqa: E402
 from resnet_jax.config import default_config  # noqa: E402
 from resnet_jax.models.layers import BATCH_AXIS  # noqa: E402
@@ -102,6 +103,7 @@ def train_ours(
         average=None,
     )
     mesh = jax.make_mesh((1,), (BATCH_AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    state, data = distributed.replicate(mesh, (state, data))
     losses, gradients = [], []
     with jax.set_mesh(mesh):
         step = compile_quickly(make_train_step(model, optimizer, config, total_steps=len(BATCHES)))

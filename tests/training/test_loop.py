@@ -1,0 +1,89 @@
+"""The loop: what it writes does not depend on how many steps the device runs at once."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from resnet_jax.classification.task import Classification
+from resnet_jax.config import default_config, flatten
+from resnet_jax.distributed import make_mesh
+from resnet_jax.models.registry import MODELS
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.training.checkpoints import load_run_weights
+from resnet_jax.training.loop import Training
+from resnet_jax.training.workdir import open_workdir
+
+TIMES = ("seconds", "seconds_per_step", "images_per_second")
+
+
+@pytest.fixture
+def tiny_config(monkeypatch):
+    row = functools.partial(ResNet, blocks=(1, 1), widths=(4, 8), shortcut="A", stem="cifar", stem_width=4)
+    monkeypatch.setitem(MODELS, "tiny", row)
+    config = default_config()
+    config.model.name = "tiny"
+    config.data.pad = 1
+    config.batch_size = 32
+    config.steps = 23
+    config.eval.every = 8
+    config.log.every = 5
+    config.log.tensorboard = False
+    return config
+
+
+def train(config, workdir, steps_per_dispatch):
+    mesh = make_mesh(jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        open_workdir(workdir, flatten(config))
+        task = Classification(config, mesh)
+        assert Training(task, config, workdir, mesh, steps_per_dispatch).run() == 0
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((workdir / "summary.json").read_text())
+    return records, summary
+
+
+def test_several_steps_per_dispatch_train_as_single_ones_do(tiny_config, tmp_path):
+    one, summary = train(tiny_config, tmp_path / "one", steps_per_dispatch=1)
+    many, summary_of_many = train(tiny_config, tmp_path / "many", steps_per_dispatch=4)
+    assert [(record["step"], sorted(record)) for record in many] == [(record["step"], sorted(record)) for record in one]
+    for a, b in zip(one, many, strict=True):
+        for name in a.keys() - set(TIMES):
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-3)
+    weights = (jax.tree.leaves(load_run_weights(str(tmp_path / name))) for name in ("one", "many"))
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+    assert summary_of_many["step"] == summary["step"] == 23
+
+
+def test_the_logs_hold_every_window_and_evaluation_once(tiny_config, tmp_path):
+    records, summary = train(tiny_config, tmp_path / "run", steps_per_dispatch=1)
+    assert [record["step"] for record in records if "train_loss" in record] == [5, 10, 15, 20, 23]
+    assert [record["step"] for record in records if "test_loss" in record] == [8, 16, 23]
+    evaluations = [record["test_top1_error"] for record in records if "test_loss" in record]
+    assert summary["top1_error"] == evaluations[-1]
+    assert summary["best_top1_error"] == min(evaluations)
+    for name in ("model", "params", "epoch", "train_top1_error", "top5_error", "loss", "examples", "protocol"):
+        assert summary[name] is not None
+    assert summary["examples"] == 359
+    predictions = np.load(tmp_path / "run" / "predictions.npz")
+    errors = predictions["probabilities"].argmax(1) != predictions["label"]
+    assert summary["top1_error"] == pytest.approx(100 * errors.mean())
+
+
+def test_with_a_hold_out_the_test_set_is_evaluated_once_at_the_end(tiny_config, tmp_path):
+    tiny_config.data.holdout = 200
+    records, summary = train(tiny_config, tmp_path / "run", steps_per_dispatch=1)
+    assert [record["holdout_examples"] for record in records if "holdout_loss" in record] == [200, 200, 200]
+    assert not any("test_loss" in record for record in records)
+    assert summary["examples"] == 359
+    assert summary["best_top1_error"] == min(record.get("holdout_top1_error", 100) for record in records)
+
+
+def test_the_best_and_the_latest_checkpoint_stay(tiny_config, tmp_path):
+    tiny_config.checkpoint.every = 4
+    _, summary = train(tiny_config, tmp_path / "run", steps_per_dispatch=1)
+    kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == sorted({summary["best_step"], 23})
