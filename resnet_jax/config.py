@@ -4,6 +4,7 @@ A config file is Python with a ``get_config()`` that starts from ``default_confi
 ``load_config("cifar_20")``) and sets what it needs. ``--config.a.b=value`` overrides a field on the command line.
 """
 
+from collections.abc import Callable
 import dataclasses
 import importlib.util
 import math
@@ -18,9 +19,25 @@ from resnet_jax.errors import UsageError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
+class Limit:
+    """A test of a value, and what is said when it fails."""
+
+    test: Callable[[Any], bool]
+    message: str
+
+
+POSITIVE = Limit(lambda value: value > 0, "must be positive")
+NOT_NEGATIVE = Limit(lambda value: value >= 0, "must not be negative")
+SHARE = Limit(lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+ITERATIONS = Limit(lambda steps: all(step > 0 for step in steps), "must be positive")
+SEED = Limit(lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32")  # Of JAX's keys.
+
+
+@dataclasses.dataclass(frozen=True)
 class Field:
     """One config field; its type is its default's.
 
+    ``allowed`` is what a value must be beyond its type: a tuple of choices, or a test and what is said when it fails.
     ``recipe`` is whether the field has a part in what is learnt: a run resumes only with the same recipe.
     """
 
@@ -28,14 +45,17 @@ class Field:
     default: Any
     unit: str
     text: str
+    allowed: tuple[str, ...] | Limit | None = None
     recipe: bool = True
 
 
 FIELDS = (
     Field("model.name", "cifar_resnet20", "", "The network: a name of `python -m resnet_jax.summary`."),
-    Field("model.num_classes", 0, "classes", "Length of the logits; 0 takes the data's number of classes."),
+    Field("model.num_classes", 0, "classes", "Length of the logits; 0 takes the data's number of classes.",
+          NOT_NEGATIVE),
     Field("model.batch_norm", "global", "", "Examples that share BN statistics: global, per_device or group:N."),
-    Field("model.batch_norm_momentum", 0.9, "", "Share of the running statistics that a step keeps (1 - torch's)."),
+    Field("model.batch_norm_momentum", 0.9, "", "Share of the running statistics that a step keeps (1 - torch's).",
+          SHARE),
     Field("model.dtype", "auto", "", "Compute dtype: auto (bfloat16 on TPU and GPU, else float32), bfloat16, float16,"
           " float32 or float64."),
     Field("model.init_fan", "fan_out", "", "He initialisation by fan_out (fb.resnet.torch) or fan_in (Caffe)."),
@@ -46,52 +66,64 @@ FIELDS = (
           recipe=False),
     Field("data.labels", "", "path", "image_folder: text file with one class folder a line, in the order of their"
           " numbers; empty takes all of them, sorted."),
-    Field("data.holdout", 0, "images", "Training images held out at random (the same for every seed) for validation."),
-    Field("data.image_size", 0, "pixels", "image_folder: resize to squares of this side; 0 takes them as they are."),
+    Field("data.holdout", 0, "images", "Training images held out at random (the same for every seed) for validation.",
+          NOT_NEGATIVE),
+    Field("data.image_size", 0, "pixels", "image_folder: resize to squares of this side; 0 takes them as they are.",
+          NOT_NEGATIVE),
     Field("data.mean", "channel", "", "What is subtracted: pixel (a mean image), channel or none; of the training"
-          " images alone."),
-    Field("data.std", "channel", "", "What images are divided by: channel (of the training images) or none."),
-    Field("data.pad", 0, "pixels", "Zeros on each side (after the mean) before a random crop of the original size."),
+          " images alone.", ("pixel", "channel", "none")),
+    Field("data.std", "channel", "", "What images are divided by: channel (of the training images) or none.",
+          ("channel", "none")),
+    Field("data.pad", 0, "pixels", "Zeros on each side (after the mean) before a random crop of the original size.",
+          NOT_NEGATIVE),
     Field("data.flip", False, "", "Mirror half of the training images, at random."),
-    Field("data.workers", 0, "threads", "Readers of image files; 0 takes one per core.", recipe=False),
+    Field("data.workers", 0, "threads", "Readers of image files; 0 takes one per core.", NOT_NEGATIVE, recipe=False),
     Field("data.cache_dir", "", "path", "Where decoded and downloaded data is kept; empty: ~/.cache/resnet_jax.",
           recipe=False),
-    Field("batch_size", 128, "images", "Images a step over all devices together."),
-    Field("epochs", 0.0, "epochs", "Length of the training; this or steps.", recipe=False),
-    Field("steps", 0, "iterations", "Length of the training; this or epochs.", recipe=False),
-    Field("seed", 0, "", "Seed of the initial weights, the order of the images and their augmentation."),
-    Field("loss.label_smoothing", 0.0, "", "Share of the target spread over all classes."),
-    Field("optimizer.momentum", 0.9, "", "SGD's momentum."),
+    Field("batch_size", 128, "images", "Images a step over all devices together.", POSITIVE),
+    Field("epochs", 0.0, "epochs", "Length of the training; this or steps.", NOT_NEGATIVE, recipe=False),
+    Field("steps", 0, "iterations", "Length of the training; this or epochs.", NOT_NEGATIVE, recipe=False),
+    Field("seed", 0, "", "Seed of the initial weights, the order of the images and their augmentation.", SEED),
+    Field("loss.label_smoothing", 0.0, "", "Share of the target spread over all classes.", SHARE),
+    Field("optimizer.momentum", 0.9, "", "SGD's momentum.", SHARE),
     Field("optimizer.nesterov", False, "", "Nesterov's momentum."),
     Field("optimizer.momentum_style", "torch", "", "torch: rate times velocity; caffe: the rate inside the velocity"
-          " (they differ only where the rate changes)."),
-    Field("optimizer.weight_decay", 1e-4, "", "L2 penalty added to the gradient."),
-    Field("optimizer.decay", "all", "", "What decays: all parameters (Caffe, the paper) or kernels only."),
-    Field("optimizer.clip_norm", 0.0, "", "Largest norm of the whole gradient; 0 does not clip."),
+          " (they differ only where the rate changes).", ("torch", "caffe")),
+    Field("optimizer.weight_decay", 1e-4, "", "L2 penalty added to the gradient.", NOT_NEGATIVE),
+    Field("optimizer.decay", "all", "", "What decays: all parameters (Caffe, the paper) or kernels only.",
+          ("all", "kernels")),
+    Field("optimizer.clip_norm", 0.0, "", "Largest norm of the whole gradient; 0 does not clip.", NOT_NEGATIVE),
     Field("optimizer.accumulate", 1, "", "Parts a batch is worked through in, to save"
-          " memory; gradients are averaged. BN groups stay whole; global BN is of one part."),
-    Field("optimizer.ema", 0.0, "", "Decay of an average of the weights that is evaluated in their place; 0: none."),
-    Field("schedule.name", "steps", "", "constant, steps, linear, cosine or plateau."),
-    Field("schedule.learning_rate", 0.1, "", "Learning rate after warm-up."),
-    Field("schedule.boundaries", (), "iterations", "steps: where the rate is multiplied by schedule.factor."),
-    Field("schedule.factor", 0.1, "", "steps and plateau: the multiplier."),
-    Field("schedule.end_rate", 0.0, "", "linear and cosine: the final rate, constant after schedule.end_step."),
-    Field("schedule.end_step", 0, "iterations", "linear and cosine: where the final rate is reached; 0: at the end."),
-    Field("schedule.patience", 3, "evaluations", "plateau: so many evaluations without a better error drop the rate."),
-    Field("schedule.threshold", 0.0, "% points", "plateau: what counts as better."),
-    Field("schedule.warmup_steps", 0, "iterations", "Linear warm-up from zero to the rate."),
-    Field("schedule.warmup_rate", 0.01, "", "The rate until schedule.warmup_error is reached (section 4.2)."),
+          " memory; gradients are averaged. BN groups stay whole; global BN is of one part.", POSITIVE),
+    Field("optimizer.ema", 0.0, "", "Decay of an average of the weights that is evaluated in their place; 0: none.",
+          SHARE),
+    Field("schedule.name", "steps", "", "constant, steps, linear, cosine or plateau.",
+          ("constant", "steps", "linear", "cosine", "plateau")),
+    Field("schedule.learning_rate", 0.1, "", "Learning rate after warm-up.", POSITIVE),
+    Field("schedule.boundaries", (), "iterations", "steps: where the rate is multiplied by schedule.factor.",
+          ITERATIONS),
+    Field("schedule.factor", 0.1, "", "steps and plateau: the multiplier.", POSITIVE),
+    Field("schedule.end_rate", 0.0, "", "linear and cosine: the final rate, constant after schedule.end_step.",
+          NOT_NEGATIVE),
+    Field("schedule.end_step", 0, "iterations", "linear and cosine: where the final rate is reached; 0: at the end.",
+          NOT_NEGATIVE),
+    Field("schedule.patience", 3, "evaluations", "plateau: so many evaluations without a better error drop the rate.",
+          POSITIVE),
+    Field("schedule.threshold", 0.0, "% points", "plateau: what counts as better.", NOT_NEGATIVE),
+    Field("schedule.warmup_steps", 0, "iterations", "Linear warm-up from zero to the rate.", NOT_NEGATIVE),
+    Field("schedule.warmup_rate", 0.01, "", "The rate until schedule.warmup_error is reached (section 4.2).",
+          NOT_NEGATIVE),
     Field("schedule.warmup_error", 0.0, "%", "Hold schedule.warmup_rate until the training error (averaged over about"
-          " the last 20 steps) is below this; 0: off."),
-    Field("eval.every", 0, "iterations", "Evaluate so often; 0: only at the end."),
-    Field("eval.batch_size", 1000, "images", "Images a step in evaluation.", recipe=False),
-    Field("eval.protocol", "center", "", "Test protocol: center (one view of each image).", recipe=False),
-    Field("checkpoint.every", 0, "iterations", "Save so often; 0: by time alone.", recipe=False),
+          " the last 20 steps) is below this; 0: off.", NOT_NEGATIVE),
+    Field("eval.every", 0, "iterations", "Evaluate so often; 0: only at the end.", NOT_NEGATIVE),
+    Field("eval.batch_size", 1000, "images", "Images a step in evaluation.", POSITIVE, recipe=False),
+    Field("eval.protocol", "center", "", "Test protocol: center (one view of each image).", ("center",), recipe=False),
+    Field("checkpoint.every", 0, "iterations", "Save so often; 0: by time alone.", NOT_NEGATIVE, recipe=False),
     Field("checkpoint.minutes", 10.0, "minutes", "Save when so much time has passed; 0: by iterations alone.",
-          recipe=False),
+          NOT_NEGATIVE, recipe=False),
     Field("checkpoint.keep", 1, "", "How many of the latest checkpoints stay (the best one always does).",
-          recipe=False),
-    Field("log.every", 100, "iterations", "Write metrics so often.", recipe=False),
+          POSITIVE, recipe=False),
+    Field("log.every", 100, "iterations", "Write metrics so often.", POSITIVE, recipe=False),
     Field("log.tensorboard", True, "", "Write TensorBoard events too.", recipe=False),
     Field("deterministic", False, "", "Bit-exact reruns on GPUs, slower (CPUs and TPUs are exact anyway).",
           recipe=False),
@@ -228,53 +260,6 @@ def _read(kind: type, text: str) -> Any:
     return kind(text)
 
 
-# What a value must be, beyond its type: field -> (test, what is said when it fails).
-_POSITIVE = (lambda value: value > 0, "must be positive")
-_NOT_NEGATIVE = (lambda value: value >= 0, "must not be negative")
-_CHECKS = {
-    "batch_size": _POSITIVE,
-    "eval.batch_size": _POSITIVE,
-    "log.every": _POSITIVE,
-    "checkpoint.keep": _POSITIVE,
-    "optimizer.accumulate": _POSITIVE,
-    "schedule.learning_rate": _POSITIVE,
-    "schedule.patience": _POSITIVE,
-    "loss.label_smoothing": (lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
-    "optimizer.momentum": (lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
-    "optimizer.ema": (lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
-    "model.batch_norm_momentum": (lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
-    "model.num_classes": _NOT_NEGATIVE,
-    "data.holdout": _NOT_NEGATIVE,
-    "seed": (lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32"),  # Of JAX's keys.
-    "data.pad": _NOT_NEGATIVE,
-    "data.image_size": _NOT_NEGATIVE,
-    "data.workers": _NOT_NEGATIVE,
-    "epochs": _NOT_NEGATIVE,
-    "steps": _NOT_NEGATIVE,
-    "eval.every": _NOT_NEGATIVE,
-    "checkpoint.every": _NOT_NEGATIVE,
-    "checkpoint.minutes": _NOT_NEGATIVE,
-    "schedule.warmup_steps": _NOT_NEGATIVE,
-    "schedule.warmup_rate": _NOT_NEGATIVE,
-    "schedule.warmup_error": _NOT_NEGATIVE,
-    "schedule.factor": _POSITIVE,
-    "schedule.end_rate": _NOT_NEGATIVE,
-    "schedule.end_step": _NOT_NEGATIVE,
-    "schedule.threshold": _NOT_NEGATIVE,
-    "schedule.boundaries": (lambda steps: all(step > 0 for step in steps), "must be positive"),
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.clip_norm": _NOT_NEGATIVE,
-}
-_CHOICES = {
-    "data.mean": ("pixel", "channel", "none"),
-    "data.std": ("channel", "none"),
-    "optimizer.momentum_style": ("torch", "caffe"),
-    "optimizer.decay": ("all", "kernels"),
-    "schedule.name": ("constant", "steps", "linear", "cosine", "plateau"),
-    "eval.protocol": ("center",),
-}
-
-
 def validate(config: ml_collections.ConfigDict) -> None:
     """Checks what can be said of a config without data or devices.
 
@@ -282,15 +267,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
       UsageError: the first field that is wrong, and what would be right.
     """
     values = flatten(config)
-    for name, choices in _CHOICES.items():
-        if values[name] not in choices:
-            raise UsageError(f"{name}={values[name]} is unknown: {', '.join(choices)}")
-    for name, value in values.items():
+    for field in FIELDS:
+        value = values[field.name]
         if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"{name}={value} must be finite")
-    for name, (test, message) in _CHECKS.items():
-        if not test(values[name]):
-            raise UsageError(f"{name}={values[name]} {message}")
+            raise UsageError(f"{field.name}={value} must be finite")
+        if isinstance(field.allowed, tuple) and value not in field.allowed:
+            raise UsageError(f"{field.name}={value} is unknown: {', '.join(field.allowed)}")
+        if isinstance(field.allowed, Limit) and not field.allowed.test(value):
+            raise UsageError(f"{field.name}={value} {field.allowed.message}")
     if bool(config.epochs) == bool(config.steps):
         both = "both are" if config.epochs else "neither is"
         raise UsageError(f"the length of the training is epochs or steps; {both} set")

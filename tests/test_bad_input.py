@@ -139,22 +139,18 @@ def test_a_config_file_with_an_error_in_it_is_named_with_the_line(tmp_path):
         ("schedule.boundaries=1,x", ["schedule.boundaries=1,x", "whole numbers separated by commas"]),
         ("batch_size=0", ["batch_size=0", "positive"]),
         ("schedule.learning_rate=-1", ["schedule.learning_rate=-1", "positive"]),
-        ("schedule.learning_rate=nan", ["schedule.learning_rate=nan", "positive"]),
+        ("schedule.learning_rate=nan", ["schedule.learning_rate=nan", "finite"]),
+        ("epochs=inf", ["epochs=inf", "finite"]),
         ("optimizer.momentum=1", ["optimizer.momentum=1", "below 1"]),
         ("data.holdout=-5", ["data.holdout=-5", "negative"]),
         ("schedule.name=cosin", ["schedule.name=cosin", "cosine"]),
         ("optimizer.decay=some", ["optimizer.decay=some", "all, kernels"]),
         ("data.mean=pixl", ["data.mean=pixl", "pixel, channel, none"]),
-        ("steps=0", ["epochs or steps", "neither"]),
+        ("epochs=0", ["epochs or steps", "neither"]),
     ],
 )
 def test_a_mistaken_field_is_named_with_what_would_be_right(override, parts, tmp_path):
     mentions(run_refused(tmp_path / "run", override), *parts)
-
-
-@pytest.mark.xfail(strict=True, reason="math.ceil(inf) raises OverflowError")
-def test_an_endless_training_is_refused(tmp_path):
-    mentions(run_refused(tmp_path / "run", "epochs=inf"), "epochs=inf")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +201,6 @@ def test_a_config_file_names_the_misspelt_field_and_its_line(tmp_path):
     mentions(config_refused(tmp_path / "mine.py", text), "mine.py:6:", '"learning_rat"', 'Did you mean "learning_rate"')
 
 
-@pytest.mark.xfail(strict=True, reason="_line_in compares a relative name with Python's absolute one: line 0")
 def test_a_config_file_given_by_a_relative_name_says_the_line_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = "def get_config():\n    return default_config().no_such_field\n"

@@ -67,7 +67,8 @@ class Console:
     def start(self, step: int) -> None:
         """Begins to count at ``step``."""
         if sys.stderr.isatty():
-            self._bar = tqdm.tqdm(total=self._total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+            form = "{percentage:3.0f}%|{bar:10}| {n}/{total}, {remaining} left{postfix}"
+            self._bar = tqdm.tqdm(total=self._total, initial=step, dynamic_ncols=True, smoothing=0.1, bar_format=form)
 
     def line(self, text: str) -> None:
         """Prints a line (above the bar)."""
@@ -86,10 +87,11 @@ class Console:
         shown = [f"loss {values['train_loss']:.4f}"]
         if "train_top1_error" in values:
             shown.append(f"error {values['train_top1_error']:.2f}%")
-        shown += [f"rate {values['learning_rate']:.4g}", f"{values['images_per_second']:,.0f} images/s"]
+        speed = f"{values['images_per_second']:,.0f} images/s"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"epoch {epoch:.1f}, " + ", ".join(shown))
+            self._bar.set_postfix_str(", ".join([*shown, speed]))
             return
+        shown += [f"rate {values['learning_rate']:.4g}", speed]
         left = datetime.timedelta(seconds=round((self._total - step) * values["seconds_per_step"]))
         self.line(f"step {step}/{self._total}  epoch {epoch:.1f}  {'  '.join(shown)}  ETA {left}")
 

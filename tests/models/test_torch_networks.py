@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -38,12 +37,6 @@ SHORTCUTS = {
     "gated": {"shortcut": "gated"},
 }
 BOTH_MODES = pytest.mark.parametrize("train", [False, True], ids=["running statistics", "batch statistics"])
-
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    with jax.default_matmul_precision("float32"):
-        yield
 
 
 def random_images(size: int) -> np.ndarray:
@@ -142,6 +135,7 @@ def test_batch_norm_of_variances_near_epsilon_is_torchs(train):
     assert difference(np.asarray(ours), theirs) <= TOLERANCE
 
 
+@functools.cache
 def vgg_networks(normalise: bool) -> tuple[VGG, torch_networks.VGG, Any]:
     """VGG nets of two narrow stages, for images of 28 pixels and up."""
     layers, widths = (1, 2), (4, 8)
