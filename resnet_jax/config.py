@@ -29,7 +29,9 @@ class Limit:
 POSITIVE = Limit(lambda value: value > 0, "must be positive")
 NOT_NEGATIVE = Limit(lambda value: value >= 0, "must not be negative")
 SHARE = Limit(lambda value: 0 <= value < 1, "must be at least 0 and below 1")
-ITERATIONS = Limit(lambda steps: all(step > 0 for step in steps), "must be positive")
+ITERATIONS = Limit(
+    lambda steps: all(isinstance(step, int) and step > 0 for step in steps), "must be whole numbers above zero"
+)
 SEED = Limit(lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32")  # Of JAX's keys.
 
 

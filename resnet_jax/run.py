@@ -29,6 +29,9 @@ def run_classification(config: ml_collections.ConfigDict, workdir: pathlib.Path,
     mesh = distributed.make_mesh()
     with jax.set_mesh(mesh):
         task = Classification(config, mesh)
+        done = latest_step(workdir) or 0
+        if mode == "train" and done > task.total_steps:
+            raise UsageError(f"--workdir={workdir} is at step {done} already, beyond the {task.total_steps} asked for")
         open_workdir(workdir, flatten(config))
         training = Training(task, config, workdir, mesh)
         return training.run() if mode == "train" else training.evaluate_only()

@@ -175,7 +175,6 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(overrid
     mentions(run_refused(tmp_path / "run", override), *parts)
 
 
-@pytest.mark.xfail(strict=True, reason="VGG's last map is 0x0: the loss is NaN and the run 'diverged'")
 def test_images_too_small_for_the_network_are_refused(tmp_path):
     mentions(run_refused(tmp_path / "run", "model.name=vgg16", "steps=1"), "vgg16", "8")
 
@@ -227,7 +226,6 @@ def test_a_broken_config_file_is_named_with_the_line(text, parts, tmp_path):
     mentions(line, *(["mine.py"] if "base" not in line and "digits_2O" not in line else []), *parts)
 
 
-@pytest.mark.xfail(strict=True, reason="a tuple's elements are not checked: TypeError while the step is traced")
 def test_boundaries_in_a_file_must_be_whole_numbers(tmp_path):
     text = "def get_config():\n    c = load_config('digits_20')\n    c.schedule.boundaries = ('a', 1.5)\n    return c\n"
     mentions(config_refused(tmp_path / "mine.py", text), "schedule.boundaries", "whole numbers")
@@ -332,7 +330,6 @@ def test_a_label_file_that_does_not_fit_is_named(folder, tmp_path):
     mentions(folder_refused(folder, f"data.labels={tmp_path}/labels.txt"), "labels.txt", "'emu'", folder / "train")
 
 
-@pytest.mark.xfail(strict=True, reason="UnicodeDecodeError, and IndexError for a file without a name")
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00c", b"\n\n"], ids=["binary", "blank"])
 def test_a_label_file_without_labels_is_named(content, folder, tmp_path):
     (tmp_path / "labels.txt").write_bytes(content)
@@ -370,7 +367,6 @@ def test_a_cifar_archive_cut_short_is_refused(tmp_path):
     mentions(cifar_refused(tmp_path / "elsewhere"), f"data.dir={tmp_path}/elsewhere", "no such folder or archive")
 
 
-@pytest.mark.xfail(strict=True, reason="tarfile stops before the checksum and leaves out what it can't read")
 @pytest.mark.parametrize("where", [0.3, 0.95])
 def test_a_cifar_archive_with_damaged_bytes_is_refused(where, tmp_path):
     path = cifar_archive(tmp_path / "cifar-10-binary.tar.gz")
@@ -378,7 +374,7 @@ def test_a_cifar_archive_with_damaged_bytes_is_refused(where, tmp_path):
     start = int(where * len(content))
     content[start : start + 20] = bytes(255 - byte for byte in content[start : start + 20])
     path.write_bytes(content)
-    mentions(cifar_refused(path, "model.name=no_such_net"), f"data.dir={path}", "damaged archive")
+    mentions(cifar_refused(path), f"data.dir={path}", "damaged archive")
 
 
 def test_a_cifar_file_of_another_record_size_is_refused(tmp_path):
@@ -416,7 +412,6 @@ def test_a_work_directory_with_half_a_config_is_refused(tmp_path):
     mentions(run_refused(tmp_path), tmp_path / "config.json", "not readable")
 
 
-@pytest.mark.xfail(strict=True, reason="AttributeError: 'list' object has no attribute 'get'")
 def test_a_work_directory_with_a_config_that_is_no_object_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     mentions(run_refused(tmp_path), tmp_path / "config.json")

@@ -77,7 +77,8 @@ def make_train_step(
 
     Returns:
       ``step(state, {"index", "epoch"}, resident) -> state, metrics``; index and epoch are int32 [B]. Metrics
-      are scalars: ``loss`` (mean over the batch), ``top1_error`` (%), ``learning_rate`` and ``gradient_norm``.
+      are scalars: ``loss`` (mean over the batch), ``top1_error`` (%), ``learning_rate``, ``gradient_norm`` and, of
+      the updated weights, ``weight_norm``.
     """
     schedule = schedules.make_schedule(config.schedule, total_steps)
     parts = config.optimizer.accumulate
@@ -134,7 +135,13 @@ def make_train_step(
             schedule=schedules.after_step(config.schedule, state.schedule, error),
             average=average,
         )
-        metrics = {"loss": loss, "top1_error": error, "learning_rate": rate, "gradient_norm": optax.tree.norm(grads)}
+        metrics = {
+            "loss": loss,
+            "top1_error": error,
+            "learning_rate": rate,
+            "gradient_norm": optax.tree.norm(grads),
+            "weight_norm": optax.tree.norm(params),
+        }
         return state, metrics
 
     return step

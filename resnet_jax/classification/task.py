@@ -1,10 +1,12 @@
 """Classification as a task of the training loop."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 import math
 from typing import Any
 
 import jax
+from jax import numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -74,6 +76,7 @@ class Classification:
         self.total_steps = config.steps or math.ceil(config.epochs * self.examples_per_epoch / config.batch_size)
         self.train_step = steps.make_train_step(self._model, self._optimizer, config, self.total_steps, mesh.size)
         self._eval_step = jax.jit(steps.make_eval_step(self._model))
+        self._check_image_size()
         shapes = jax.eval_shape(self._new_state)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
         self._weights = load_run_weights(config.init.weights) if config.init.weights else None
@@ -93,6 +96,18 @@ class Classification:
             settings["zero_init_last"] = True
         create_model(**settings)  # Raises where a name is wrong.
         return settings
+
+    def _check_image_size(self) -> None:
+        height, width, channels = self._image_shape
+        too_small = f"model.name={self._config.model.name}: images of {width}x{height} pixels are too small for it"
+        try:
+            images = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
+            variables = jax.eval_shape(self._model.init, jax.random.key(0), images)
+            features = jax.eval_shape(partial(self._model.apply, method="features"), variables, images)
+        except ZeroDivisionError as error:  # An empty map has no fan.
+            raise UsageError(too_small) from error
+        if not all(feature.size for feature in features.values()):
+            raise UsageError(too_small)
 
     def _split(self, train: Images) -> dict[str, Images]:
         held_out = self._config.data.holdout

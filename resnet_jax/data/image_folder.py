@@ -73,7 +73,13 @@ def _classes(folder: pathlib.Path, labels: str) -> tuple[str, ...]:
         raise UsageError(f"{folder}: no class folders in it (expected {folder.name}/<class>/*)")
     if not labels:
         return tuple(found)
-    named = [line.strip() for line in pathlib.Path(labels).read_text().splitlines() if line.strip()]
+    try:
+        lines = pathlib.Path(labels).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"data.labels={labels}: not a readable text file ({error})") from error
+    named = [line.strip() for line in lines if line.strip()]
+    if not named:
+        raise UsageError(f"data.labels={labels}: no class in it (expected one a line)")
     for i, name in enumerate(named):
         if name in named[:i]:
             raise UsageError(f"data.labels={labels}: class {name!r} is listed twice")

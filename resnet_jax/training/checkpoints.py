@@ -22,29 +22,33 @@ def latest_step(workdir: pathlib.Path) -> int | None:
     return max(steps, default=None)
 
 
+class _LatestAndBest(ocp.training.preservation_policies.PreservationPolicy):
+    """Keeps the newest checkpoints and the best one; which is best may be known only after it was saved."""
+
+    def __init__(self, keep: int):
+        self.keep, self.best_step = keep, None
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        newest = {info.step for info in checkpoints[-self.keep :]}
+        return [info.step in newest or info.step == self.best_step for info in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one work directory, each a TrainState with a small record of JSON."""
 
-    def __init__(self, workdir: pathlib.Path, keep: int, objective: str):
+    def __init__(self, workdir: pathlib.Path, keep: int):
         """Opens the folder ``checkpoints`` of a work directory.
 
         Args:
           workdir: where it is, or will be.
           keep: how many of the latest stay.
-          objective: the metric by which the best is chosen; less is better.
         """
-        policies = ocp.training.preservation_policies
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[objective],
-            reverse=True,
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
-        self._objective = objective
+        self._policy = _LatestAndBest(keep)
         self._checkpointer = ocp.training.Checkpointer(
             workdir / FOLDER,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            preservation_policy=self._policy,
             cleanup_tmp_directories=True,
         )
 
@@ -54,20 +58,17 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return newest.step if newest else None
 
-    def save(self, state: TrainState, step: int, record: dict[str, Any], error: float | None) -> None:
+    def save(self, state: TrainState, step: int, record: dict[str, Any], best_step: int | None) -> None:
         """Starts to save, and returns once the state may be changed.
 
         Args:
           state: what to save.
           step: its step.
           record: JSON values that go with it.
-          error: the objective evaluated at this step, or None.
+          best_step: the step of the best checkpoint, which stays; None before the first evaluation.
         """
-        metrics = None if error is None else {self._objective: error}
-        again = step in [info.step for info in self._checkpointer.checkpoints]
-        self._checkpointer.save_async(
-            step, state, overwrite=again, metrics=metrics, custom_metadata={"record": json.dumps(record)}
-        )
+        self._policy.best_step = best_step
+        self._checkpointer.save_async(step, state, custom_metadata={"record": json.dumps(record)})
 
     def restore(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """Loads the checkpoint of ``step`` with the shapes and shardings of ``like``; also its record."""

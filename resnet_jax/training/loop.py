@@ -12,7 +12,6 @@ import ml_collections
 import numpy as np
 
 from resnet_jax import distributed
-from resnet_jax.errors import UsageError
 from resnet_jax.training.checkpoints import Checkpoints
 from resnet_jax.training.metrics import Console, MetricsWriter, write_json
 from resnet_jax.training.progress import Diverged, Record, Window
@@ -50,7 +49,7 @@ class Training:
             loops make convolutions slow, and those between two log lines elsewhere.
         """
         self._task, self._config, self._workdir, self._mesh = task, config, workdir, mesh
-        self._checkpoints = Checkpoints(workdir, config.checkpoint.keep, task.objective)
+        self._checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         self._console = Console(task.total_steps)
         self._window = Window()
         self._one_step = jax.jit(task.train_step, donate_argnums=0)
@@ -105,10 +104,6 @@ class Training:
         step = self._checkpoints.latest
         if step is None:
             return state, 0, Record()
-        if step > self._task.total_steps:
-            raise UsageError(
-                f"{self._workdir} is at step {step} already, beyond the {self._task.total_steps} asked for"
-            )
         state, record = self._checkpoints.restore(state, step)
         return state, step, Record(**record)
 
@@ -136,7 +131,7 @@ class Training:
                 state, improved = self._evaluate(state, step, record, stop.poll)
             while step < end:
                 if improved or self._checkpoint_due(step):
-                    self._save(state, step, record, improved)
+                    self._save(state, step, record)
                 logged = _next_multiple(step, config.log.every, end)
                 events = (config.eval.every, config.checkpoint.every)
                 until = min(logged, *(_next_multiple(step, every, end) for every in events))
@@ -148,12 +143,12 @@ class Training:
                 if self._evaluation_due(step):
                     self._take_in(step, record)
                     state, improved = self._evaluate(state, step, record, stop.poll)
-            self._save(state, step, record, improved)
+            self._save(state, step, record)
             evaluation = self._task.evaluate(state, "test", stop.poll)
         except Stopped:
             # An evaluation broken off is made up for when the run goes on: its step is not in the record.
             step = int(state.step)
-            self._save(state, step, record, improved=False)
+            self._save(state, step, record)
             self._checkpoints.wait()
             self._console.line(f"stopped by {stop.received.name} and saved at step {step}; the same command resumes")
             return stop.exit_status
@@ -235,12 +230,12 @@ class Training:
         by_time = bool(minutes) and time.monotonic() - self._saved_at > 60 * minutes
         return by_time or (bool(every) and step % every == 0)
 
-    def _save(self, state: TrainState, step: int, record: Record, improved: bool) -> None:
-        """Saves ``step`` unless it is saved already; an ``improved`` one is saved again, as the best."""
-        if step == self._checkpoints.latest and not improved:
+    def _save(self, state: TrainState, step: int, record: Record) -> None:
+        """Saves ``step`` unless it is saved already."""
+        if step == self._checkpoints.latest:
             return
         self._take_in(step, record)  # Only finite states are saved.
-        self._checkpoints.save(state, step, dataclasses.asdict(record), record.best if improved else None)
+        self._checkpoints.save(state, step, dataclasses.asdict(record), record.best_step)
         self._saved_at = time.monotonic()
         self._window.pause()
 

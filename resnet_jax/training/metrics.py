@@ -17,6 +17,19 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     os.replace(partial, path)
 
 
+def _summary_writer() -> type:
+    """tensorboardX's writer, imported without torch, which it takes seconds to import where it is installed."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
 class MetricsWriter:
     """Appends records to ``metrics.jsonl`` and, if asked, TensorBoard events; each record has its step."""
 
@@ -38,9 +51,7 @@ class MetricsWriter:
         self._file = path.open("a")
         self._events = None
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(workdir), purge_step=first_step + 1)
+            self._events = _summary_writer()(str(workdir), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds one record."""

@@ -8,11 +8,16 @@ import numpy as np
 
 
 class Diverged(Exception):
-    """The loss or the gradient is no longer finite."""
+    """The loss, the gradient or the weights are no longer finite."""
 
-    def __init__(self, step: int, loss: float, gradient_norm: float):
-        super().__init__(f"step {step}: loss {loss:.4g}, gradient norm {gradient_norm:.4g}")
+    def __init__(self, step: int, metrics: dict[str, float]):
+        shown = (f"{name.replace('_', ' ')} {metrics[name]:.4g}" for name in _FINITE)
+        super().__init__(f"step {step}: {', '.join(shown)}")
         self.step = step
+
+
+# The metrics that every step has and that tell whether training goes on.
+_FINITE = ("loss", "gradient_norm", "weight_norm")
 
 
 @dataclasses.dataclass
@@ -43,8 +48,8 @@ class Record:
 
     def take_in(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
         """Adds the metrics of one step (counted from 1) that began in ``epoch``."""
-        if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["gradient_norm"]):
-            raise Diverged(step, metrics["loss"], metrics["gradient_norm"])
+        if not all(np.isfinite(metrics[name]) for name in _FINITE):
+            raise Diverged(step, metrics)
         if epoch != self.epoch:
             self.epoch, self.epoch_sums = epoch, {}
         self.learning_rate = metrics["learning_rate"]

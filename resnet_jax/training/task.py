@@ -50,7 +50,7 @@ class Task(Protocol):
         """The state before the first step, laid out on the devices."""
 
     def train_step(self, state: TrainState, batch: Any, resident: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One step, pure; metrics are scalars and hold ``loss`` and ``gradient_norm``."""
+        """One step, pure; metrics are scalars: ``loss``, ``gradient_norm``, ``weight_norm``, ``learning_rate``, ..."""
 
     def batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's part of each step's batch, endless, from ``first_step`` (0 is the first)."""

@@ -17,7 +17,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
       UsageError: it is no JSON.
     """
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("not an object of JSON")
+        return value
     except FileNotFoundError:
         return None
     except NotADirectoryError as error:

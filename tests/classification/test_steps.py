@@ -195,6 +195,7 @@ def test_metrics_are_the_mean_loss_the_error_in_percent_the_rate_and_the_norm_of
         "top1_error": 100 * np.mean([rank_by_sorting(*pair) > 0 for pair in zip(logits, chosen, strict=True)]),
         "learning_rate": 0.05,
         "gradient_norm": np.linalg.norm(gradient),  # Of the loss alone, without the weight decay.
+        "weight_norm": 0.05 * np.linalg.norm(gradient),  # The only weights began at zero.
     }
     assert {name: (value.shape, float(value)) for name, value in metrics.items()} == {
         name: ((), pytest.approx(value, rel=1e-4)) for name, value in expected.items()
@@ -279,7 +280,7 @@ def test_a_batch_in_parts_trains_as_the_undivided_one(runs, parts):
         assert_close(divided.opt_state, whole.opt_state)
         assert int(divided.step) == int(whole.step)
         if metrics is not None:
-            assert set(metrics) == {"loss", "top1_error", "learning_rate", "gradient_norm"}
+            assert set(metrics) == {"loss", "top1_error", "learning_rate", "gradient_norm", "weight_norm"}
             assert_close(metrics, whole_metrics)
 
 

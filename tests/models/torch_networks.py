@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import re
 from typing import Any
 
-from flax import linen
+from flax import linen, traverse_util
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -183,7 +183,7 @@ class VGG(nn.Module):
         self.stages = [f"stage{number}" for number in range(1, len(layers) + 1)]
         self.fc6 = nn.Linear(channels * 7 * 7, 4096)
         self.fc7 = nn.Linear(4096, 4096)
-        self.fc8 = nn.Linear(4096, classes)
+        self.fc = nn.Linear(4096, classes)
 
     def features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """What leaves every stage (``stage1``, ...)."""
@@ -194,60 +194,48 @@ class VGG(nn.Module):
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Logits of features [N, C, 7, 7], which the first fully connected layer reads channel by channel."""
-        return self.fc8(F.relu(self.fc7(F.relu(self.fc6(torch.flatten(features, 1))))))
+        return self.fc(F.relu(self.fc7(F.relu(self.fc6(torch.flatten(features, 1))))))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classify(self.features(images)[self.stages[-1]])
 
 
-MODULES = (
-    (r"stem\.conv", "conv1"),
-    (r"stem\.bn", "bn1"),
-    (r"stage(\d+)\.block(\d+)\.shortcut_conv", "layer{0}.{1}.downsample.0"),
-    (r"stage(\d+)\.block(\d+)\.shortcut_bn", "layer{0}.{1}.downsample.1"),
-    (r"stage(\d+)\.block(\d+)\.(\w+)", "layer{0}.{1}.{2}"),
-    (r"head", "fc"),
-)
-VGG_MODULES = ((r"(stage\d+\.\w+)", "{0}"), (r"(fc[67])", "{0}"), (r"head", "fc8"))
+MODULES = {
+    "stem.conv": "conv1",
+    "stem.bn": "bn1",
+    "shortcut_conv": "downsample.0",
+    "shortcut_bn": "downsample.1",
+    "head": "fc",
+}
 ARRAYS = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+# Of kernels HWIO, matrices and vectors.
+TRANSPOSITIONS = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 
 
-def to_torch(tree: Any, modules: Sequence[tuple[str, str]] = MODULES) -> dict[str, np.ndarray]:
+def torch_name(name: str) -> str:
+    """``stage1.block1.conv1.kernel`` -> ``layer1.0.conv1.weight``."""
+    module, _, array = name.rpartition(".")
+    module = re.sub(r"stage(\d+)\.block(\d+)", lambda match: f"layer{match[1]}.{int(match[2]) - 1}", module)
+    for ours, theirs in MODULES.items():
+        module = module.replace(ours, theirs)
+    return f"{module}.{ARRAYS[array]}"
+
+
+def to_torch(tree: Any) -> dict[str, np.ndarray]:
     """Our parameters, statistics or gradients (nested dicts) by torch's names and in torch's layouts."""
-    arrays = {}
-    for path, array in _leaves(tree):
-        module, _, leaf = path.rpartition(".")
-        pattern, name = next((pattern, name) for pattern, name in modules if re.fullmatch(pattern, module))
-        groups = re.fullmatch(pattern, module).groups()
-        if "block" in pattern:
-            groups = (groups[0], int(groups[1]) - 1, *groups[2:])
-        arrays[f"{name.format(*groups)}.{ARRAYS[leaf]}"] = _torch_layout(np.asarray(array))
-    return arrays
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _torch_layout(array: np.ndarray) -> np.ndarray:
-    order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[array.ndim]
-    return np.ascontiguousarray(array.transpose(order))
+    arrays = {name: np.asarray(array) for name, array in traverse_util.flatten_dict(tree, sep=".").items()}
+    return {torch_name(name): array.transpose(TRANSPOSITIONS[array.ndim]) for name, array in arrays.items()}
 
 
 def load_variables(network: nn.Module, variables: dict[str, Any]) -> None:
     """Copies our ``params`` and ``batch_stats`` into a torch network, all of them and nothing else."""
     state = network.state_dict()
     own = {name for name in state if not name.endswith("num_batches_tracked")}
-    arrays = {}
-    for tree in variables.values():
-        arrays |= to_torch(tree, VGG_MODULES if isinstance(network, VGG) else MODULES)
+    arrays = {name: array for tree in variables.values() for name, array in to_torch(tree).items()}
     assert set(arrays) == own, sorted(set(arrays) ^ own)
     for name, array in arrays.items():
         tensor = torch.tensor(array)
+        # VGG's first two fully connected layers are convolutions of ours.
         state[name] = tensor.flatten(1) if state[name].ndim == 2 else tensor
     network.load_state_dict(state)
 

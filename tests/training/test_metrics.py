@@ -136,7 +136,8 @@ def test_write_json_of_what_is_no_json_leaves_the_old_file(tmp_path):
 
 def metrics(loss: float, gradient_norm: float = 1.0, learning_rate: float = 0.1, **more: float) -> dict[str, float]:
     """What a step gives."""
-    return {"loss": loss, "gradient_norm": gradient_norm, "learning_rate": learning_rate, **more}
+    norms = {"gradient_norm": gradient_norm, "weight_norm": 2.0}
+    return {"loss": loss, "learning_rate": learning_rate} | norms | more
 
 
 def test_epoch_averages_are_of_the_last_epoch_alone():
@@ -167,7 +168,7 @@ def test_a_record_goes_on_after_a_checkpoint_in_the_middle_of_an_epoch_and_betwe
 
 
 @pytest.mark.parametrize("bad", [{"loss": float("nan")}, {"loss": float("inf")}, {"gradient_norm": float("nan")},
-                                 {"gradient_norm": float("inf")}])  # fmt: skip
+                                 {"gradient_norm": float("inf")}, {"weight_norm": float("inf")}])  # fmt: skip
 def test_a_step_that_is_not_finite_is_named(bad):
     record = Record()
     record.take_in(1, 0, metrics(2.0))
@@ -197,7 +198,9 @@ def test_a_window_gives_back_every_step_of_single_and_of_joint_dispatches():
 def test_the_first_bad_step_of_a_joint_dispatch_is_found():
     window, record = Window(), Record()
     losses = jnp.array([1.0, jnp.nan, jnp.nan])
-    window.add({"loss": losses, "gradient_norm": jnp.ones(3), "learning_rate": jnp.ones(3)}, 3)
+    window.add(
+        {"loss": losses, "gradient_norm": jnp.ones(3), "weight_norm": jnp.ones(3), "learning_rate": jnp.ones(3)}, 3
+    )
     per_step, _, _ = window.take()
     with pytest.raises(Diverged) as error:
         for number, values in enumerate(per_step, start=8):
@@ -231,11 +234,17 @@ def test_averages_between_two_log_lines_are_means_and_the_last_rate():
     assert record.take_window() == {
         "train_loss": 2.0,
         "train_gradient_norm": 6.0,
+        "train_weight_norm": 2.0,
         "train_top1_error": 40.0,
         "learning_rate": 0.01,
     }
     record.take_in(3, 1, metrics(7.0, learning_rate=0.01))
-    assert record.take_window() == {"train_loss": 7.0, "train_gradient_norm": 1.0, "learning_rate": 0.01}
+    assert record.take_window() == {
+        "train_loss": 7.0,
+        "train_gradient_norm": 1.0,
+        "train_weight_norm": 2.0,
+        "learning_rate": 0.01,
+    }
     assert record.epoch_average("loss") == 5.0  # A log line does not cut the epoch.
 
 

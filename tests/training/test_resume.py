@@ -299,7 +299,6 @@ def test_a_run_does_not_resume_with_another_recipe_and_lists_the_fields(program,
     assert contents(uninterrupted) == before
 
 
-@pytest.mark.xfail(strict=True, reason="config.json is written before the checkpoint is looked at")
 def test_a_run_is_not_cut_short_by_a_shorter_length(program, uninterrupted):
     before = contents(uninterrupted)
     err = program.run(uninterrupted, KEEP_ALL, "--config.steps=30", status=2)
@@ -349,7 +348,6 @@ def test_a_run_that_diverges_stops_with_the_step_and_the_last_good_checkpoint(pr
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="_save looks at the loss before the last update, not at the state it saves")
 def test_what_is_called_a_good_checkpoint_is_finite(program, tmp_path):
     run = tmp_path / "run"
     out = program.run(run, *EXPLODES, "--config.schedule.boundaries=15,15", status=1)  # Step 16 is to be saved.
@@ -426,7 +424,6 @@ def test_a_run_stopped_anywhere_ends_as_if_it_never_was(program, uninterrupted, 
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="Checkpoints.save deletes the checkpoint before it writes it again")
 def test_a_checkpoint_that_is_saved_again_is_not_lost_by_a_kill(program, uninterrupted, tmp_path):
     run = tmp_path / "run"
     program.run(run, send=("SIGTERM", "holdout", 20), status=75)
