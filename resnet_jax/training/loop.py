@@ -70,7 +70,9 @@ class Training:
         state, step, record = self._resume()
         if self._finished(step):
             return 0
-        self._writer = MetricsWriter(self._workdir, step, self._config.log.tensorboard)
+        self._writer = MetricsWriter(
+            self._workdir, step, self._config.log.tensorboard, evaluated=record.evaluated == step
+        )
         self._console.start(step)
         self._started = time.monotonic() - record.seconds
         try:

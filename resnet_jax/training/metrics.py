@@ -33,8 +33,15 @@ def _summary_writer() -> type:
 class MetricsWriter:
     """Appends records to ``metrics.jsonl`` and, if asked, TensorBoard events; each record has its step."""
 
-    def __init__(self, workdir: pathlib.Path, first_step: int, tensorboard: bool):
-        """Opens the logs and cuts back what an earlier run wrote after ``first_step``."""
+    def __init__(self, workdir: pathlib.Path, first_step: int, tensorboard: bool, evaluated: bool = True):
+        """Opens the logs and cuts back what an earlier run wrote after ``first_step``.
+
+        Args:
+          workdir: where ``metrics.jsonl`` is.
+          first_step: the step that the run goes on from.
+          tensorboard: whether to write events too.
+          evaluated: whether the evaluation of ``first_step`` counts; if not, its record is cut as well.
+        """
         path = workdir / "metrics.jsonl"
         kept = []
         if path.exists():
@@ -43,7 +50,8 @@ class MetricsWriter:
                     record = json.loads(line)
                 except ValueError:  # The last line of a run that was killed while it wrote.
                     continue
-                if record["step"] <= first_step:
+                known = record["step"] < first_step or evaluated or "learning_rate" in record
+                if record["step"] <= first_step and known:
                     kept.append(line + "\n")
         partial = path.with_name(".metrics.jsonl.partial")
         partial.write_text("".join(kept))
