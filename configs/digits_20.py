@@ -13,6 +13,8 @@ def get_config():
     config.data.pad = 1  # Mirrored digits are other digits: no flips.
     config.batch_size = 64
     config.epochs = 40.0
+    config.loss.label_smoothing = 0.1
+    config.optimizer.ema = 0.98  # Of the last 50 steps or so: two or three images of the small test set fewer.
     config.schedule.name = "cosine"
     config.schedule.learning_rate = 0.1
     config.schedule.warmup_steps = 50

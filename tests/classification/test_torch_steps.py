@@ -14,6 +14,7 @@ import optax
 import pytest
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
 
 from torch.nn import functional as F  # noqa: E402
 import torch_networks  # noqa: E402

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
 
 import torch_networks  # noqa: E402
 from torch_networks import load_variables, random_variables  # noqa: E402
