@@ -58,12 +58,12 @@ FIELDS = (
     Field("model.batch_norm", "global", "", "Examples that share BN statistics: global, per_device or group:N."),
     Field("model.batch_norm_momentum", 0.9, "", "Share of the running statistics that a step keeps (1 - torch's).",
           SHARE),
-    Field("model.dtype", "auto", "", "Compute dtype: auto (bfloat16 on TPU and GPU, else float32), bfloat16, float16,"
+    Field("model.dtype", "auto", "", "Compute dtype: auto (bfloat16 on TPU and GPU, else float32), bfloat16,"
           " float32 or float64."),
     Field("model.init_fan", "fan_out", "", "He initialisation by fan_out (fb.resnet.torch) or fan_in (Caffe)."),
     Field("model.zero_init_last", False, "", "Start the last BN scale of each block at zero (residual nets)."),
     Field("data.source", "digits", "", "Where images come from: digits, cifar or image_folder."),
-    Field("data.name", "", "", "Data set within the source: cifar10 or cifar100 for cifar."),
+    Field("data.name", "", "", "Data set within the source: cifar10 or cifar100 for cifar; others have one."),
     Field("data.dir", "", "path", "Folder or archive of the data; empty where the source can do without.",
           recipe=False),
     Field("data.labels", "", "path", "image_folder: text file with one class folder a line, in the order of their"
@@ -97,7 +97,8 @@ FIELDS = (
     Field("optimizer.clip_norm", 0.0, "", "Largest norm of the whole gradient; 0 does not clip.", NOT_NEGATIVE),
     Field("optimizer.accumulate", 1, "", "Parts a batch is worked through in, to save"
           " memory; gradients are averaged. BN groups stay whole; global BN is of one part.", POSITIVE),
-    Field("optimizer.ema", 0.0, "", "Decay of an average of the weights that is evaluated in their place; 0: none.",
+    Field("optimizer.ema", 0.0, "", "Decay of an average of the weights and BN statistics that is evaluated in"
+          " their place, from the first step on; 0: none.",
           SHARE),
     Field("schedule.name", "steps", "", "constant, steps, linear, cosine or plateau.",
           ("constant", "steps", "linear", "cosine", "plateau")),
@@ -117,15 +118,17 @@ FIELDS = (
           NOT_NEGATIVE),
     Field("schedule.warmup_error", 0.0, "%", "Hold schedule.warmup_rate until the training error (averaged over about"
           " the last 20 steps) is below this; 0: off.", NOT_NEGATIVE),
-    Field("eval.every", 0, "iterations", "Evaluate so often; 0: only at the end.", NOT_NEGATIVE),
+    Field("eval.every", 0, "iterations", "Evaluate so often; 0: only at the end.", NOT_NEGATIVE, recipe=False),
     Field("eval.batch_size", 1000, "images", "Images a step in evaluation.", POSITIVE, recipe=False),
     Field("eval.protocol", "center", "", "Test protocol: center (one view of each image).", ("center",), recipe=False),
     Field("checkpoint.every", 0, "iterations", "Save so often; 0: by time alone.", NOT_NEGATIVE, recipe=False),
-    Field("checkpoint.minutes", 10.0, "minutes", "Save when so much time has passed; 0: by iterations alone.",
+    Field("checkpoint.minutes", 10.0, "minutes", "Save when so much time has passed; 0: by iterations alone (the"
+          " end is saved anyway).",
           NOT_NEGATIVE, recipe=False),
     Field("checkpoint.keep", 1, "", "How many of the latest checkpoints stay (the best one always does).",
           POSITIVE, recipe=False),
-    Field("log.every", 100, "iterations", "Write metrics so often.", POSITIVE, recipe=False),
+    Field("log.every", 100, "iterations", "Write metrics so often. An accelerator runs the"
+          " steps between two log lines at once.", POSITIVE, recipe=False),
     Field("log.tensorboard", True, "", "Write TensorBoard events too.", recipe=False),
     Field("deterministic", False, "", "Bit-exact reruns on GPUs, slower (CPUs and TPUs are exact anyway).",
           recipe=False),
@@ -160,8 +163,8 @@ def shipped_configs() -> dict[str, pathlib.Path]:
     """The configs that come with the project: bare name (``cifar_20``) -> file."""
     here = pathlib.Path(__file__).resolve().parent
     # In the wheel they lie inside the package, in a checkout beside it.
-    folder = next((path for path in (here / "configs", here.parent / "configs") if path.is_dir()), here)
-    files = sorted(folder.rglob("*.py"))
+    folder = next((path for path in (here / "configs", here.parent / "configs") if path.is_dir()), None)
+    files = sorted(folder.rglob("*.py")) if folder else []
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
 
 
@@ -282,6 +285,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UsageError(f"the length of the training is epochs or steps; {both} set")
     if config.optimizer.nesterov and config.optimizer.momentum_style == "caffe":
         raise UsageError("optimizer.nesterov=true goes with optimizer.momentum_style=torch")
+    if config.schedule.name == "plateau" and not config.eval.every:
+        raise UsageError("schedule.name=plateau looks at evaluations: set eval.every")
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -298,10 +303,12 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def recipe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The recipe's fields that differ between two flat configs, as ``name: before -> now``.
 
-    The length of the training is one of them where the schedule ends with it.
+    The length of the training is one of them where the schedule ends with it, and ``eval.every`` where it looks at
+    evaluations.
     """
     follows_length = now["schedule.name"] in ("linear", "cosine") and not now["schedule.end_step"]
-    recipe = [field for field in FIELDS if field.recipe or (follows_length and field.name in ("epochs", "steps"))]
+    also = ("epochs", "steps") if follows_length else ("eval.every",) if now["schedule.name"] == "plateau" else ()
+    recipe = [field for field in FIELDS if field.recipe or field.name in also]
     changes = []
     for field in recipe:
         default = list(field.default) if isinstance(field.default, tuple) else field.default

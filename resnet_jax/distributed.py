@@ -8,7 +8,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 
 from resnet_jax.errors import UsageError
-from resnet_jax.models.layers import BATCH_AXIS
+
+BATCH_AXIS = "data"  # The mesh axis that batches are split over.
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:

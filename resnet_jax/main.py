@@ -14,6 +14,7 @@ import pathlib
 from absl import flags
 
 from resnet_jax import cli, config as config_lib
+from resnet_jax.errors import UsageError
 
 cli.define_config_flags()
 flags.DEFINE_string("workdir", None, "Folder of the run; runs/<config's name> when not given.")
@@ -23,6 +24,8 @@ FLAGS = flags.FLAGS
 
 def main(overrides: list[tuple[str, str]]) -> int:
     """Flags in, one call."""
+    if "://" in (FLAGS.workdir or ""):
+        raise UsageError(f"--workdir={FLAGS.workdir}: only local folders can be written so far")
     config = config_lib.load_config(FLAGS.config)
     for name, value in overrides:
         config_lib.override(config, name, value)

@@ -11,7 +11,7 @@ from resnet_jax.config import flatten
 from resnet_jax.errors import UsageError
 from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.loop import Training
-from resnet_jax.training.workdir import check_recipe, open_workdir
+from resnet_jax.training.workdir import check_recipe, check_writable, lock, open_workdir
 
 
 def run_classification(config: ml_collections.ConfigDict, workdir: pathlib.Path, mode: str) -> int:
@@ -22,16 +22,21 @@ def run_classification(config: ml_collections.ConfigDict, workdir: pathlib.Path,
     """
     workdir = workdir.absolute()
     check_recipe(workdir, flatten(config))
-    if mode == "eval" and latest_step(workdir) is None and not config.init.weights:
+    check_writable(workdir)
+    done = latest_step(workdir)
+    if mode == "eval" and done is None and not config.init.weights:
         raise UsageError(f"--mode=eval: {workdir} has no checkpoint; train it first, or set --config.init.weights")
     if config.model.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     mesh = distributed.make_mesh()
     with jax.set_mesh(mesh):
-        task = Classification(config, mesh)
-        done = latest_step(workdir) or 0
-        if mode == "train" and done > task.total_steps:
+        task = Classification(config, mesh, weights=done is None)
+        train = mode == "train"
+        if train and (done or 0) > task.total_steps:
             raise UsageError(f"--workdir={workdir} is at step {done} already, beyond the {task.total_steps} asked for")
+        if not train and done is not None:  # Another command's settings are not the run's.
+            return Training(task, config, workdir, mesh, write=False).evaluate_only()
         open_workdir(workdir, flatten(config))
-        training = Training(task, config, workdir, mesh)
-        return training.run() if mode == "train" else training.evaluate_only()
+        with lock(workdir):
+            training = Training(task, config, workdir, mesh)
+            return training.run() if train else training.evaluate_only()

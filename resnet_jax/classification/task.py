@@ -30,24 +30,22 @@ class Classification:
 
     objective = "top1_error"
 
-    def __init__(self, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
+    def __init__(self, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, weights: bool = True):
         """Reads the data, builds the network and checks that they fit each other and the devices.
 
+        Args:
+          config: the whole config.
+          mesh: the devices, in force (``jax.set_mesh``).
+          weights: whether to begin with ``init.weights``; a run that goes on from a checkpoint doesn't need them.
+
         Raises:
-          UsageError: they don't.
+          UsageError: they don't fit.
         """
         self._config, self._mesh = config, mesh
-        parts = config.optimizer.accumulate
-        distributed.check_batch("batch_size", config.batch_size, mesh, parts)
-        # With several parts a group must lie in one device's share of one, or its members would change.
-        whole = config.batch_size if parts == 1 else config.batch_size // (parts * mesh.size)
-        count_groups(
-            config.model.batch_norm, whole if config.model.batch_norm.startswith("group:") else config.batch_size
-        )
-
-        self._model_settings()  # Mistakes in the model's name are cheaper to find than the data.
+        distributed.check_batch("batch_size", config.batch_size, mesh, config.optimizer.accumulate)
+        _check_groups(config, mesh.size)
+        create_model(**_model_settings(config.model))  # Its mistakes are cheaper to find than the data.
         dataset = load_dataset(config.data)
-        self.classes = dataset.classes
         splits = self._split(dataset.train) | {"test": dataset.test}
         classes = config.model.num_classes or len(dataset.classes)
         if classes != len(dataset.classes):
@@ -55,59 +53,56 @@ class Classification:
                 f"model.num_classes={classes}, but {config.data.source} has {len(dataset.classes)} classes"
                 f" ({', '.join(dataset.classes[:3])}, ...)"
             )
-        self._model = create_model(num_classes=classes, **self._model_settings())
+        self._model = create_model(num_classes=classes, **_model_settings(config.model))
         self._image_shape = splits["train"].images.shape[1:]
         self._lengths = {name: len(images) for name, images in splits.items()}
         self._optimizer = make_optimizer(config.optimizer)
-
-        mean, std = pixel_statistics(splits["train"].images, config.data.mean, config.data.std)
-        dtype = storage_dtype(self._model.dtype)
-        statistics = {"mean": mean.astype(dtype), "std": std.astype(dtype)}
-        self._resident = {
-            name: distributed.replicate(mesh, {"images": part.images, "labels": part.labels} | statistics)
-            for name, part in splits.items()
-        }
-        self.resident = self._resident["train"]
+        shapes = self._shapes()
+        self._weights = load_run_weights(config.init.weights) if weights and config.init.weights else None
+        if self._weights:
+            check_weights(self._weights, shapes, config)
+        self._resident = self._place(splits)
+        self._eval_step = jax.jit(steps.make_eval_step(self._model))
 
         self.name = config.model.name
-        self.validation = "holdout" if config.data.holdout else "test"
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
         self.examples_per_step = config.batch_size
         self.examples_per_epoch = self._lengths["train"]
         self.total_steps = config.steps or math.ceil(config.epochs * self.examples_per_epoch / config.batch_size)
+        self.resident = self._resident["train"]
+        self.validation = "holdout" if config.data.holdout else "test"
         self.train_step = steps.make_train_step(self._model, self._optimizer, config, self.total_steps, mesh.size)
-        self._eval_step = jax.jit(steps.make_eval_step(self._model))
-        self._check_image_size()
-        shapes = jax.eval_shape(self._new_state)
-        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
-        self._weights = load_run_weights(config.init.weights) if config.init.weights else None
-        if self._weights:
-            check_weights(self._weights, shapes, config)
 
-    def _model_settings(self) -> dict:
-        model = self._config.model
-        settings = {
-            "name": model.name,
-            "dtype": model.dtype,
-            "init_fan": model.init_fan,
-            "batch_norm": model.batch_norm,
-            "batch_norm_momentum": model.batch_norm_momentum,
+    def _place(self, splits: dict[str, Images]) -> dict[str, dict[str, jax.Array]]:
+        """Every split on every device, with the training set's mean and deviation."""
+        needed = sum(part.images.nbytes for part in splits.values())
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # CPUs don't say.
+        if memory and needed > 0.8 * memory:
+            raise UsageError(
+                f"the images take {needed / 2**30:.1f} GiB, and a device has {memory / 2**30:.1f} GiB of memory;"
+                " a smaller data.image_size takes less"
+            )
+        data, dtype = self._config.data, storage_dtype(self._model.dtype)
+        mean, std = pixel_statistics(splits["train"].images, data.mean, data.std)
+        statistics = {"mean": mean.astype(dtype), "std": std.astype(dtype)}
+        return {
+            name: distributed.replicate(self._mesh, {"images": part.images, "labels": part.labels} | statistics)
+            for name, part in splits.items()
         }
-        if model.zero_init_last:
-            settings["zero_init_last"] = True
-        create_model(**settings)  # Raises where a name is wrong.
-        return settings
 
-    def _check_image_size(self) -> None:
+    def _shapes(self) -> TrainState:
+        """The state's shapes; a UsageError where the images are too small for the network."""
         height, width, channels = self._image_shape
         too_small = f"model.name={self._config.model.name}: images of {width}x{height} pixels are too small for it"
         try:
+            shapes = jax.eval_shape(self._new_state)
             images = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
-            variables = jax.eval_shape(self._model.init, jax.random.key(0), images)
-            features = jax.eval_shape(partial(self._model.apply, method="features"), variables, images)
+            features = jax.eval_shape(partial(self._model.apply, method="features"), _weights_of(shapes), images)
         except ZeroDivisionError as error:  # An empty map has no fan.
             raise UsageError(too_small) from error
         if not all(feature.size for feature in features.values()):
             raise UsageError(too_small)
+        return shapes
 
     def _split(self, train: Images) -> dict[str, Images]:
         held_out = self._config.data.holdout
@@ -161,7 +156,24 @@ class Classification:
 
     def after_evaluation(self, state: TrainState, error: float) -> TrainState:
         schedule = schedules.after_evaluation(self._config.schedule, state.schedule, error)
+        if schedule is state.schedule:
+            return state
         return state.replace(schedule=distributed.replicate(self._mesh, schedule))
+
+
+def _model_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
+    """``create_model``'s arguments as ``config.model`` says."""
+    names = ("name", "dtype", "init_fan", "batch_norm", "batch_norm_momentum")
+    # Only residual networks know zero_init_last.
+    return {name: model[name] for name in names} | ({"zero_init_last": True} if model.zero_init_last else {})
+
+
+def _check_groups(config: ml_collections.ConfigDict, devices: int) -> None:
+    """Raises a UsageError where the BN groups don't divide what is normalised at once."""
+    groups, parts = config.model.batch_norm, config.optimizer.accumulate
+    # A group that spans devices would have other members in a part of the batch than in the whole.
+    spans = devices if parts > 1 and groups.startswith("group:") else 1
+    count_groups(groups, config.batch_size // (parts * spans))
 
 
 def _weights_of(state: TrainState) -> dict[str, Any]:

@@ -19,8 +19,9 @@ def pixel_statistics(images: np.ndarray, mean: str, std: str) -> tuple[np.ndarra
     channels = images.shape[-1]
     total = images.sum(0, dtype=np.float64) / (255 * len(images))  # The mean image.
     square = np.zeros(channels)
-    for start in range(0, len(images), 1000):  # In parts: 64-bit copies of all pixels would take gigabytes.
-        square += np.square(images[start : start + 1000] / 255.0).sum((0, 1, 2))
+    part = max(1, (1 << 22) // images[0].size)  # 64-bit copies of all pixels would take gigabytes.
+    for start in range(0, len(images), part):
+        square += np.square(images[start : start + part] / 255.0).sum((0, 1, 2))
     per_channel = total.mean((0, 1))
     variance = square / (images.size / channels) - per_channel**2
     chosen = {"pixel": total, "channel": per_channel, "none": np.zeros(channels)}[mean]

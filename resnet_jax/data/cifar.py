@@ -59,7 +59,7 @@ def load(name: str, location: str, cache: pathlib.Path) -> Dataset:
       cache: folder for the download.
 
     Raises:
-      UsageError: unknown name, nothing there, a file that is not what the archive holds.
+      UsageError: unknown name, nothing there, a damaged archive, files that are not whole records, unknown labels.
     """
     if name not in ARCHIVES:
         raise UsageError(f"data.name={name} is unknown to data.source=cifar{did_you_mean(name, ARCHIVES)}")

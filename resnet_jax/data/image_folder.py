@@ -98,7 +98,10 @@ def _list(folder: pathlib.Path, classes: tuple[str, ...]) -> Listing:
         if not entries:
             raise UsageError(f"{folder / name}: no images in it ({', '.join(EXTENSIONS)})")
         for entry in sorted(entries, key=lambda entry: entry.name):
-            status = entry.stat()
+            try:
+                status = entry.stat()
+            except OSError as error:
+                raise UsageError(f"{entry.path}: not readable ({error.strerror})") from error
             listing.append((entry.path, label, status.st_size, status.st_mtime_ns))
     return listing
 
@@ -110,6 +113,10 @@ def _fingerprint(listings: list[Listing], size: int) -> str:
 def _read(listing: Listing, size: int, workers: int) -> Images:
     """Decodes all files in parallel (Pillow lets go of the interpreter while it does)."""
     first = _decode(listing[0][0], size)
+    needed, free = len(listing) * first.nbytes, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > 0.9 * free:
+        raise UsageError(f"{len(listing)} images of {first.nbytes:,} bytes take {needed / 2**30:.1f} GiB of memory, of"
+                         f" which {free / 2**30:.1f} are free; a smaller data.image_size takes less")  # fmt: skip
     images = np.empty((len(listing), *first.shape), np.uint8)
 
     def read(i: int) -> None:
@@ -126,7 +133,7 @@ def _read(listing: Listing, size: int, workers: int) -> Images:
         try:
             for _ in bar:
                 pass
-        except UsageError:
+        except BaseException:  # Ctrl-C too: thousands of files may be waiting.
             pool.shutdown(cancel_futures=True)
             raise
     return Images(images, np.array([entry[1] for entry in listing], np.int32))

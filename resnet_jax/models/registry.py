@@ -80,7 +80,7 @@ def create_model(name: str, num_classes: int | None = None, dtype: str = "auto",
     Args:
       name: one of ``list_models()``, or ``cifar_{resnet,plain,highway}<6n + 2>`` for any n.
       num_classes: length of the logits; the paper's (1000, CIFAR 10) when not given.
-      dtype: compute dtype, ``auto``, ``bfloat16``, ``float16``, ``float32`` or ``float64``. ``auto`` is
+      dtype: compute dtype, ``auto``, ``bfloat16``, ``float32`` or ``float64``. ``auto`` is
         bfloat16 on TPU and GPU and float32 on CPU. Parameters and statistics are float32 (float64).
       **overrides: any other attribute of ``ResNet`` or ``VGG``, such as ``batch_norm="group:32"``.
 

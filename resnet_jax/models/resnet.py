@@ -8,14 +8,17 @@ from jax import numpy as jnp
 
 from resnet_jax.errors import UsageError
 from resnet_jax.models.blocks import SHORTCUTS, Block
-from resnet_jax.models.layers import BatchNorm, Conv, Head, max_pool
+from resnet_jax.models.layers import BatchNorm, Conv, Head, check_stage, max_pool
 
 # Stem: (size, stride, whether a 3x3/2 max-pool follows); the paper's Table 1 and section 4.2.
 STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False)}
 
 
 class Stem(nn.Module):
-    """The first convolution with BN and ReLU, and for ImageNet the max-pool that opens the paper's conv2_x."""
+    """The first convolution with BN and ReLU, and for ImageNet the max-pool that opens the paper's conv2_x.
+
+    Images [N, H, W, C] -> [N, H, W, features], for ImageNet a quarter of the height and width.
+    """
 
     kind: str
     features: int
@@ -33,7 +36,7 @@ class Stem(nn.Module):
 
 
 class Stage(nn.Module):
-    """A run of blocks of one width; only the first one changes the shape."""
+    """A run of blocks of one width; only the first one changes the shape: [N, H, W, C] -> [N, H', W', features]."""
 
     blocks: int
     stride: int
@@ -115,6 +118,7 @@ class ResNet(nn.Module):
 
     def stage(self, x: jax.Array, number: int, train: bool = False) -> jax.Array:
         """Applies stage ``number`` (from 1) alone: ``model.apply(variables, x, 4, method="stage")`` is conv5_x."""
+        check_stage(number, len(self.blocks))
         return self.stages[number - 1](x.astype(self.dtype), train)
 
     def classify(self, x: jax.Array) -> jax.Array:

@@ -6,7 +6,8 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
-from resnet_jax.models.layers import BatchNorm, Conv, Head, max_pool
+from resnet_jax.errors import UsageError
+from resnet_jax.models.layers import BatchNorm, Conv, Head, check_stage, max_pool
 
 
 class VGGStage(nn.Module):
@@ -56,7 +57,8 @@ class VGG(nn.Module):
             VGGStage(count, width, *norm, name=f"stage{i}")
             for i, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True), start=1)
         ]
-        fully_connected = {"use_bias": True, "init_fan": self.init_fan, "padding": 0, "dtype": self.dtype}
+        # Fully connected layers: each output reads its inputs once, so the fan is theirs whatever init_fan says.
+        fully_connected = {"use_bias": True, "init_fan": "fan_in", "padding": 0, "dtype": self.dtype}
         self.fc6 = Conv(4096, 7, **fully_connected)
         self.fc7 = Conv(4096, 1, **fully_connected)
         self.drop = nn.Dropout(self.dropout)
@@ -75,10 +77,15 @@ class VGG(nn.Module):
 
     def stage(self, x: jax.Array, number: int, train: bool = False) -> jax.Array:
         """Applies stage ``number`` (from 1) alone."""
+        check_stage(number, len(self.blocks))
         return self.stages[number - 1](x.astype(self.dtype), train)
 
     def classify(self, x: jax.Array, train: bool = False) -> jax.Array:
         """The three fully connected layers at every position of [N, H, W, C], averaged to [N, num_classes]."""
+        if min(x.shape[1:3]) < 7:
+            raise UsageError(
+                f"VGG needs images of 224 pixels and up: a last stage of {x.shape[1:3]} is below fc6's 7x7"
+            )
         for layer in (self.fc6, self.fc7):
             x = self.drop(nn.relu(layer(x)), deterministic=not train)
         return self.head(x).mean((1, 2))

@@ -37,19 +37,20 @@ class _LatestAndBest(ocp.training.preservation_policies.PreservationPolicy):
 class Checkpoints:
     """The checkpoints of one work directory, each a TrainState with a small record of JSON."""
 
-    def __init__(self, workdir: pathlib.Path, keep: int):
+    def __init__(self, workdir: pathlib.Path, keep: int, write: bool = True):
         """Opens the folder ``checkpoints`` of a work directory.
 
         Args:
           workdir: where it is, or will be.
           keep: how many of the latest stay.
+          write: whether this process may save, and so clean up what was left half-written.
         """
         self._policy = _LatestAndBest(keep)
         self._checkpointer = ocp.training.Checkpointer(
             workdir / FOLDER,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=self._policy,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=write,
         )
 
     @property

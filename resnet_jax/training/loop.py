@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import dataclasses
 import itertools
+import math
 import pathlib
 import time
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from resnet_jax import distributed
 from resnet_jax.training.checkpoints import Checkpoints
 from resnet_jax.training.metrics import Console, MetricsWriter, write_json
-from resnet_jax.training.progress import Diverged, Record, Window
+from resnet_jax.training.record import Diverged, Record, Window
 from resnet_jax.training.signals import Stopped, StopSignal
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Evaluation, Task
@@ -37,6 +38,7 @@ class Training:
         workdir: pathlib.Path,
         mesh: jax.sharding.Mesh,
         steps_per_dispatch: int | None = None,
+        write: bool = True,
     ):
         """Opens the run.
 
@@ -46,17 +48,20 @@ class Training:
           workdir: an existing folder.
           mesh: the devices, in force (``jax.set_mesh``).
           steps_per_dispatch: steps that the device runs without hearing from Python; by default one on CPUs, where
-            loops make convolutions slow, and those between two log lines elsewhere.
+            loops make convolutions slow, and elsewhere as many as fit between logs, evaluations and checkpoints.
+          write: false where the run is only evaluated.
         """
         self._task, self._config, self._workdir, self._mesh = task, config, workdir, mesh
-        self._checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        self._checkpoints = Checkpoints(workdir, config.checkpoint.keep, write)
         self._console = Console(task.total_steps)
         self._window = Window()
         self._one_step = jax.jit(task.train_step, donate_argnums=0)
         self._many_steps = jax.jit(self._scan_steps, donate_argnums=0)
-        self._dispatch = steps_per_dispatch or (1 if jax.default_backend() == "cpu" else config.log.every)
+        between_events = math.gcd(config.log.every, config.eval.every, config.checkpoint.every)
+        self._dispatch = steps_per_dispatch or (1 if jax.default_backend() == "cpu" else between_events)
         self._saved_at = time.monotonic()
         self._rate = 0.0  # Steps a second in the last window.
+        self._last: Evaluation | None = None  # Of the validation split; at the end, the final state's.
 
     def _scan_steps(self, state: TrainState, batches: Any, resident: Any):
         return jax.lax.scan(lambda s, batch: self._task.train_step(s, batch, resident), state, batches)
@@ -91,14 +96,16 @@ class Training:
     def evaluate_only(self) -> int:
         """Evaluates the latest checkpoint, or the initial weights where ``init.weights`` names some."""
         state, step, record = self._resume()
+        self._checkpoints.close()
         with StopSignal() as stop:
             try:
                 evaluation = self._task.evaluate(state, "test", stop.poll)
             except Stopped:
                 self._console.line("stopped while evaluating; nothing was written")
                 return stop.exit_status
-        summary = read_json(self._workdir / "summary.json") or self._summary(step, record)
-        self._report(summary | {"step": step}, evaluation)
+        before = read_json(self._workdir / "summary.json")
+        summary = before if before and before.get("step") == step else self._summary(step, record)
+        self._report(summary, evaluation)
         return 0
 
     def _resume(self) -> tuple[TrainState, int, Record]:
@@ -111,7 +118,7 @@ class Training:
 
     def _finished(self, step: int) -> bool:
         summary = read_json(self._workdir / "summary.json")
-        if step >= self._task.total_steps and summary and summary["step"] == step:
+        if step >= self._task.total_steps and summary and summary.get("step") == step:
             self._console.line(f"{self._workdir} is finished: step {step}, {_describe(summary)}")
             return True
         if step:
@@ -127,9 +134,8 @@ class Training:
             )
         batches = self._task.batches(step)
         try:
-            if step == record.evaluated or not self._evaluation_due(step):
-                improved = False
-            else:  # Stopped between a step and its evaluation.
+            improved = False
+            if self._evaluation_due(step) and step != record.evaluated:  # Stopped between a step and its evaluation.
                 state, improved = self._evaluate(state, step, record, stop.poll)
             while step < end:
                 if improved or self._checkpoint_due(step):
@@ -146,7 +152,8 @@ class Training:
                     self._take_in(step, record)
                     state, improved = self._evaluate(state, step, record, stop.poll)
             self._save(state, step, record)
-            evaluation = self._task.evaluate(state, "test", stop.poll)
+            evaluation = self._last if self._task.validation == "test" else None
+            evaluation = evaluation or self._task.evaluate(state, "test", stop.poll)
         except Stopped:
             # An evaluation broken off is made up for when the run goes on: its step is not in the record.
             step = int(state.step)
@@ -164,11 +171,13 @@ class Training:
     ) -> tuple[TrainState, int]:
         """Runs the steps up to ``until``, or to the end of the dispatch in which a stop was asked for.
 
-        Which steps share a dispatch follows from their numbers alone, so that a resumed run does the same arithmetic.
+        Which steps share a dispatch follows from their numbers and the intervals of the config, so that a run that
+        is resumed with the same command does the same arithmetic.
         """
         while step < until and stop.received is None:
             count = self._dispatch if step % self._dispatch == 0 and step + self._dispatch <= until else 1
             chunk = list(itertools.islice(batches, count))
+            self._window.start(count)
             if count == 1:
                 batch = distributed.shard_batch(self._mesh, chunk[0])
                 state, metrics = self._one_step(state, batch, self._task.resident)
@@ -214,7 +223,7 @@ class Training:
         self, state: TrainState, step: int, record: Record, poll: Callable[[], None]
     ) -> tuple[TrainState, bool]:
         """Evaluates the validation split; returns the state after it, and whether it is the best so far."""
-        evaluation = self._task.evaluate(state, self._task.validation, poll)
+        evaluation = self._last = self._task.evaluate(state, self._task.validation, poll)
         self._window.pause()
         error = evaluation.metrics[self._task.objective]
         self._writer.write(step, {f"{self._task.validation}_{name}": v for name, v in evaluation.metrics.items()})

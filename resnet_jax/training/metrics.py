@@ -48,10 +48,11 @@ class MetricsWriter:
             for line in path.read_text().splitlines():
                 try:
                     record = json.loads(line)
-                except ValueError:  # The last line of a run that was killed while it wrote.
+                    at = record["step"]
+                except (ValueError, TypeError, KeyError):  # The last line of a run that was killed while it wrote.
                     continue
-                known = record["step"] < first_step or evaluated or "learning_rate" in record
-                if record["step"] <= first_step and known:
+                known = at < first_step or evaluated or "learning_rate" in record
+                if at <= first_step and known:
                     kept.append(line + "\n")
         partial = path.with_name(".metrics.jsonl.partial")
         partial.write_text("".join(kept))
@@ -111,8 +112,9 @@ class Console:
             self._bar.set_postfix_str(", ".join([*shown, speed]))
             return
         shown += [f"rate {values['learning_rate']:.4g}", speed]
-        left = datetime.timedelta(seconds=round((self._total - step) * values["seconds_per_step"]))
-        self.line(f"step {step}/{self._total}  epoch {epoch:.1f}  {'  '.join(shown)}  ETA {left}")
+        if values["seconds_per_step"]:
+            shown.append(f"ETA {datetime.timedelta(seconds=round((self._total - step) * values['seconds_per_step']))}")
+        self.line(f"step {step}/{self._total}  epoch {epoch:.1f}  {'  '.join(shown)}")
 
     def close(self) -> None:
         """Ends the bar."""

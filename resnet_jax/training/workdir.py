@@ -1,11 +1,14 @@
 """The work directory: whose run it holds, and what is written there."""
 
+from collections.abc import Iterator
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
 from typing import Any
 
-from resnet_jax.config import FIELDS, recipe_changes
+from resnet_jax.config import recipe_changes
 from resnet_jax.errors import UsageError
 from resnet_jax.training.metrics import write_json
 
@@ -44,17 +47,42 @@ def check_recipe(workdir: pathlib.Path, values: dict[str, Any]) -> None:
                          " choose another work directory or the same settings")  # fmt: skip
 
 
+def check_writable(workdir: pathlib.Path) -> None:
+    """Raises a UsageError where the folder can't be made or written."""
+    nearest = workdir
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise UsageError(f"--workdir={workdir}: can't be written ({nearest} is a file)")
+    if not os.access(nearest, os.W_OK):
+        raise UsageError(f"--workdir={workdir}: can't be written (permission denied in {nearest})")
+
+
 def open_workdir(workdir: pathlib.Path, values: dict[str, Any]) -> None:
     """Makes the folder where needed and writes ``config.json``.
 
     Raises:
       UsageError: it can't be written.
     """
-    assert {field.name for field in FIELDS} == set(values)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not os.access(workdir, os.W_OK):
-            raise PermissionError("permission denied")
         write_json(workdir / "config.json", values)
     except OSError as error:
         raise UsageError(f"--workdir={workdir}: can't be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps a second training out of the folder; let go of when the process ends, however it ends.
+
+    Raises:
+      UsageError: another process trains there.
+    """
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"--workdir={workdir}: another process is training there") from error
+        except OSError:  # A file system without locks.
+            pass
+        yield

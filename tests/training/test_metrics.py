@@ -12,7 +12,7 @@ import pytest
 
 from resnet_jax.training import metrics as metrics_lib, progress
 from resnet_jax.training.metrics import Console, MetricsWriter, write_json
-from resnet_jax.training.progress import Diverged, Record, Window
+from resnet_jax.training.record import Diverged, Record, Window
 
 
 def lines(workdir: pathlib.Path) -> list[dict]:

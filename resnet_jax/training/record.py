@@ -32,7 +32,7 @@ class Record:
       evaluated: step of the last evaluation, -1 before the first.
       best: lowest objective so far, %, and best_step its step.
       seconds: time of the whole run.
-      timed_seconds, timed_steps: time in training steps alone, without the first (which compiles), and their number.
+      timed_seconds, timed_steps: time in training steps alone, without those that compile, and their number.
     """
 
     epoch: int = 0
@@ -75,21 +75,33 @@ class Record:
 
 
 class Window:
-    """Metrics of the steps since the last log, still on the device: fetched once a window, so that nothing waits."""
+    """Metrics of the steps since the last log, still on the device: fetched once a window, so that nothing waits.
+
+    It times the steps too: all but the first dispatch of each length, which compiles.
+    """
 
     def __init__(self):
         self._pending: list[dict[str, jax.Array]] = []
+        self._compiled: set[int] = set()
         self._clock: float | None = None  # Runs while training steps do.
-        self._timed = 0
+        self._seconds, self._timed = 0.0, 0
+
+    def start(self, steps: int) -> None:
+        """Called just before a dispatch of so many steps."""
+        if steps not in self._compiled:
+            self.pause()
+        elif self._clock is None:
+            self._clock = time.monotonic()
 
     def add(self, metrics: dict[str, jax.Array], steps: int) -> None:
         """Takes the metrics of one dispatch, scalars or [steps] each."""
         self._pending.append(metrics)
-        if self._clock is None:  # The first dispatch after a pause (or ever: it compiles) is not timed.
-            jax.block_until_ready(metrics)
-            self._clock = time.monotonic()
-        else:
+        if steps in self._compiled:
             self._timed += steps
+        else:
+            jax.block_until_ready(metrics)
+            self._compiled.add(steps)
+            self._clock = time.monotonic()
 
     def take(self) -> tuple[list[dict[str, float]], float, int]:
         """Waits for the device; returns the metrics of each step, and the seconds that so many steps took."""
@@ -98,13 +110,16 @@ class Window:
             arrays = {name: np.atleast_1d(value) for name, value in metrics.items()}
             length = len(arrays["loss"])
             per_step += [{name: float(array[i]) for name, array in arrays.items()} for i in range(length)]
-        seconds, timed = 0.0, self._timed
-        if self._clock is not None:
-            now = time.monotonic()
-            seconds, self._clock = now - self._clock, now
-        self._pending, self._timed = [], 0
-        return per_step, seconds, timed
+        running = self._clock is not None
+        self.pause()
+        taken = (per_step, self._seconds, self._timed)
+        self._pending, self._seconds, self._timed = [], 0.0, 0
+        self._clock = time.monotonic() if running else None
+        return taken
 
     def pause(self) -> None:
-        """Stops the clock for what is not training."""
-        self._clock = None
+        """Stops the clock for what is not training, once the device has done what it was given."""
+        if self._clock is not None:
+            jax.block_until_ready(self._pending)
+            self._seconds += time.monotonic() - self._clock
+            self._clock = None
