@@ -60,7 +60,8 @@ FIELDS = (
           SHARE),
     Field("model.dtype", "auto", "", "Compute dtype: auto (bfloat16 on TPU and GPU, else float32), bfloat16,"
           " float32 or float64."),
-    Field("model.init_fan", "fan_out", "", "He initialisation by fan_out (fb.resnet.torch) or fan_in (Caffe)."),
+    Field("model.init_fan", "fan_out", "", "He initialisation by fan_out (fb.resnet.torch) or fan_in (Caffe).",
+          ("fan_out", "fan_in")),
     Field("model.zero_init_last", False, "", "Start the last BN scale of each block at zero (residual nets)."),
     Field("data.source", "digits", "", "Where images come from: digits, cifar or image_folder."),
     Field("data.name", "", "", "Data set within the source: cifar10 or cifar100 for cifar; others have one."),

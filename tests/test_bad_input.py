@@ -9,12 +9,15 @@ import subprocess
 import sys
 import tarfile
 
+import jax
+from jax import numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
 
 from resnet_jax import config as config_lib
 from resnet_jax.errors import UsageError
+from resnet_jax.models.registry import create_model
 from resnet_jax.run import run_classification
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -159,7 +162,7 @@ def test_a_mistaken_field_is_named_with_what_would_be_right(override, parts, tmp
         ("model.name=resnet5", ["'resnet5'", "did you mean 'resnet50'"]),
         ("model.name=cifar_resnet21", ["'cifar_resnet21'", "6n + 2", "'cifar_resnet20'"]),
         ("model.dtype=float8", ["float8", "bfloat16"]),
-        ("model.init_fan=fan_it", ["fan_it", "fan_out or fan_in"]),
+        ("model.init_fan=fan_it", ["model.init_fan=fan_it", "fan_out, fan_in"]),
         ("model.batch_norm=local", ["local", "global, per_device or group:N"]),
         ("model.batch_norm=group:48", ["group:48", "64", "48"]),
         ("model.num_classes=7", ["model.num_classes=7", "digits", "10 classes"]),
@@ -176,7 +179,26 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(overrid
 
 
 def test_images_too_small_for_the_network_are_refused(tmp_path):
-    mentions(run_refused(tmp_path / "run", "model.name=vgg16", "steps=1"), "vgg16", "8")
+    mentions(run_refused(tmp_path / "run", "model.name=vgg16", "steps=1"), "VGG", "224 pixels and up")
+
+
+def test_vgg_below_its_fully_connected_layers_size_is_refused():
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)  # Its last stage is 1x1: not empty, but below 7x7.
+    with pytest.raises(UsageError, match="224 pixels and up"):
+        jax.eval_shape(create_model("vgg16").init, jax.random.key(0), images)
+
+
+def test_a_work_directory_in_a_bucket_is_refused(tmp_path):
+    mentions(main_refused("--config=digits_20", "--workdir=gs://bucket/run", cwd=tmp_path), "gs://bucket/run", "local")
+
+
+def test_a_dangling_link_in_an_image_folder_is_named(folder):
+    (folder / "train" / "cat" / "gone.png").symlink_to("/nowhere.png")
+    mentions(folder_refused(folder), "gone.png", "not readable")
+
+
+def test_plateau_without_evaluations_is_refused(tmp_path):
+    mentions(run_refused(tmp_path / "run", "schedule.name=plateau", "eval.every=0"), "plateau", "eval.every")
 
 
 def config_refused(path, text):

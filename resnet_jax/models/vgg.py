@@ -83,9 +83,7 @@ class VGG(nn.Module):
     def classify(self, x: jax.Array, train: bool = False) -> jax.Array:
         """The three fully connected layers at every position of [N, H, W, C], averaged to [N, num_classes]."""
         if min(x.shape[1:3]) < 7:
-            raise UsageError(
-                f"VGG needs images of 224 pixels and up: a last stage of {x.shape[1:3]} is below fc6's 7x7"
-            )
+            raise UsageError(f"VGG needs images of 224 pixels and up: its last stage, {x.shape[1:3]}, is below 7x7")
         for layer in (self.fc6, self.fc7):
             x = self.drop(nn.relu(layer(x)), deterministic=not train)
         return self.head(x).mean((1, 2))

@@ -223,8 +223,8 @@ class Training:
         self, state: TrainState, step: int, record: Record, poll: Callable[[], None]
     ) -> tuple[TrainState, bool]:
         """Evaluates the validation split; returns the state after it, and whether it is the best so far."""
-        evaluation = self._last = self._task.evaluate(state, self._task.validation, poll)
         self._window.pause()
+        evaluation = self._last = self._task.evaluate(state, self._task.validation, poll)
         error = evaluation.metrics[self._task.objective]
         self._writer.write(step, {f"{self._task.validation}_{name}": v for name, v in evaluation.metrics.items()})
         self._console.line(f"step {step}  {self._task.validation}: {_describe(evaluation.metrics)}")
@@ -246,9 +246,9 @@ class Training:
         if step == self._checkpoints.latest:
             return
         self._take_in(step, record)  # Only finite states are saved.
+        self._window.pause()
         self._checkpoints.save(state, step, dataclasses.asdict(record), record.best_step)
         self._saved_at = time.monotonic()
-        self._window.pause()
 
     def _summary(self, step: int, record: Record) -> dict[str, Any]:
         """What is known of the training; the evaluation's figures come beside it."""

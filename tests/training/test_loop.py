@@ -10,11 +10,13 @@ import pytest
 from resnet_jax.classification.task import Classification
 from resnet_jax.config import default_config, flatten
 from resnet_jax.distributed import make_mesh
+from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.run import run_classification
 from resnet_jax.training.checkpoints import load_run_weights
 from resnet_jax.training.loop import Training
-from resnet_jax.training.workdir import open_workdir
+from resnet_jax.training.workdir import lock, open_workdir
 
 TIMES = ("seconds", "seconds_per_step", "images_per_second")
 
@@ -56,6 +58,33 @@ def test_several_steps_per_dispatch_train_as_single_ones_do(tiny_config, tmp_pat
     for a, b in zip(*weights, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3)
     assert summary_of_many["step"] == summary["step"] == 23
+
+
+def test_the_speed_is_known_where_every_dispatch_ends_in_a_log_line_and_an_evaluation(tiny_config, tmp_path):
+    tiny_config.steps, tiny_config.eval.every, tiny_config.log.every = 20, 5, 5
+    records, summary = train(tiny_config, tmp_path / "run", steps_per_dispatch=5)
+    speeds = [record["images_per_second"] for record in records if "train_loss" in record]
+    assert speeds[0] == 0 and min(speeds[1:]) > 0  # The first dispatch compiles.
+    assert summary["images_per_second"] > 0
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path):
+    with lock(tmp_path), pytest.raises(UsageError, match="another process is training there"), lock(tmp_path):
+        pass
+
+
+def test_evaluation_leaves_the_run_s_settings_and_takes_the_checkpoint_s_figures(tiny_config, tmp_path):
+    tiny_config.steps = 8
+    run = tmp_path / "run"
+    _, trained = train(tiny_config, run, steps_per_dispatch=1)
+    config_file = (run / "config.json").read_text()
+    (run / "summary.json").write_text(json.dumps(trained | {"step": 4, "epoch": 0.1}))  # Of an earlier evaluation.
+    tiny_config.log.every = 7
+    assert run_classification(tiny_config, run, "eval") == 0
+    assert (run / "config.json").read_text() == config_file
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("step", "epoch", "top1_error", "examples", "best_step"):
+        assert summary[name] == trained[name]
 
 
 def test_the_logs_hold_every_window_and_evaluation_once(tiny_config, tmp_path):

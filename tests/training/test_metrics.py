@@ -10,7 +10,7 @@ import types
 from jax import numpy as jnp
 import pytest
 
-from resnet_jax.training import metrics as metrics_lib, progress
+from resnet_jax.training import metrics as metrics_lib, record as record_lib
 from resnet_jax.training.metrics import Console, MetricsWriter, write_json
 from resnet_jax.training.record import Diverged, Record, Window
 
@@ -208,18 +208,25 @@ def test_the_first_bad_step_of_a_joint_dispatch_is_found():
     assert error.value.step == 9
 
 
-def test_a_window_times_steps_without_the_first_and_without_pauses(monkeypatch):
-    clock = iter([100.0, 110.0, 500.0, 504.0])
-    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+def test_a_window_times_steps_without_those_that_compile_and_without_pauses(monkeypatch):
+    clock = iter([100.0, 107.0, 150.0, 160.0, 160.0, 160.0, 500.0, 504.0, 504.0])
+    monkeypatch.setattr(record_lib, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     window, one = Window(), {"loss": jnp.float32(0), "gradient_norm": jnp.float32(0)}
-    window.add(one, 1)  # Compiles; the clock starts behind it, at 100.
-    window.add(one, 1)
-    window.add({name: jnp.zeros(5) for name in one}, 5)
-    assert window.take()[1:] == (10.0, 6)  # At 110: six steps.
+    five = {name: jnp.zeros(5) for name in one}
+
+    def dispatch(metrics, steps):
+        window.start(steps)
+        window.add(metrics, steps)
+
+    dispatch(one, 1)  # Compiles; the clock starts behind it, at 100,
+    dispatch(one, 1)
+    dispatch(five, 5)  # stops at 107 for another compilation, and goes on at 150.
+    dispatch(five, 5)
+    assert window.take()[1:] == (7.0 + 10.0, 1 + 5)  # At 160.
     window.pause()  # An evaluation.
-    window.add(one, 1)  # The clock starts again behind this one, at 500.
-    window.add(one, 1)
-    assert window.take()[1:] == (4.0, 1)
+    dispatch(one, 1)  # The clock goes on at 500.
+    dispatch(one, 1)
+    assert window.take()[1:] == (4.0, 2)
 
 
 def test_speed_is_timed_steps_over_their_seconds():
