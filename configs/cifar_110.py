@@ -2,9 +2,7 @@
 
     python -m resnet_jax.main --config=configs/cifar_110.py
 
-Section 4.2 warms deep nets up at 0.01 until the training error is below 80%.
-
-About 60 hours on two CPU cores.
+Section 4.2 warms deep nets up at 0.01 until the training error is below 80%. About 60 hours on two CPU cores.
 """
 
 from resnet_jax.config import load_config

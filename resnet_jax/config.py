@@ -87,7 +87,7 @@ FIELDS = (
     Field("epochs", 0.0, "epochs", "Length of the training; this or steps.", NOT_NEGATIVE, recipe=False),
     Field("steps", 0, "iterations", "Length of the training; this or epochs.", NOT_NEGATIVE, recipe=False),
     Field("seed", 0, "", "Seed of the initial weights, the order of the images and their augmentation.", SEED),
-    Field("loss.label_smoothing", 0.0, "", "Share of the target spread over all classes.", SHARE),
+    Field("loss.label_smoothing", 0.0, "", "Share of the target spread over all classes (in training alone).", SHARE),
     Field("optimizer.momentum", 0.9, "", "SGD's momentum.", SHARE),
     Field("optimizer.nesterov", False, "", "Nesterov's momentum."),
     Field("optimizer.momentum_style", "torch", "", "torch: rate times velocity; caffe: the rate inside the velocity"
