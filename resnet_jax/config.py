@@ -301,15 +301,15 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return values
 
 
-def recipe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def recipe_changes(before: dict[str, Any], now: dict[str, Any], training: bool = True) -> list[str]:
     """The recipe's fields that differ between two flat configs, as ``name: before -> now``.
 
-    The length of the training is one of them where the schedule ends with it, and ``eval.every`` where it looks at
+    For more training its length is one of them where the schedule ends with it, and ``eval.every`` where it looks at
     evaluations.
     """
     follows_length = now["schedule.name"] in ("linear", "cosine") and not now["schedule.end_step"]
     also = ("epochs", "steps") if follows_length else ("eval.every",) if now["schedule.name"] == "plateau" else ()
-    recipe = [field for field in FIELDS if field.recipe or field.name in also]
+    recipe = [field for field in FIELDS if field.recipe or (training and field.name in also)]
     changes = []
     for field in recipe:
         default = list(field.default) if isinstance(field.default, tuple) else field.default

@@ -21,7 +21,7 @@ def run_classification(config: ml_collections.ConfigDict, workdir: pathlib.Path,
       UsageError: before anything is written, where config, data, devices and work directory don't fit.
     """
     workdir = workdir.absolute()
-    check_recipe(workdir, flatten(config))
+    check_recipe(workdir, flatten(config), training=mode == "train")
     check_writable(workdir)
     done = latest_step(workdir)
     if mode == "eval" and done is None and not config.init.weights:

@@ -464,3 +464,12 @@ def test_configs_come_from_the_package_where_it_is_installed(tmp_path, monkeypat
     write_config(package / "configs" / "one.py", "pass")
     write_config(package / "configs" / "detection" / "two.py", "pass")
     assert sorted(shipped_configs()) == ["detection/two", "one"]
+
+
+def test_an_evaluation_asks_nothing_of_the_training_s_length():
+    config = default_config()
+    config.epochs, config.schedule.name = 40.0, "cosine"
+    before = flatten(config)
+    config.epochs = 8.0
+    assert recipe_changes(before, flatten(config)) == ["epochs: 40.0 -> 8.0"]
+    assert recipe_changes(before, flatten(config), training=False) == []

@@ -124,7 +124,9 @@ def count_groups(batch_norm: str, batch: int) -> int:
     if name != "group" or not size.isdecimal() or int(size) < 1:
         raise UsageError(f"batch_norm {batch_norm!r} is unknown: global, per_device or group:N (as in group:32)")
     if batch % int(size):
-        raise UsageError(f"batch_norm={batch_norm}: a batch of {batch} does not divide into groups of {size}")
+        raise UsageError(
+            f"batch_norm={batch_norm}: a batch of {batch} does not divide into groups of {size}; global always does"
+        )
     return batch // int(size)
 
 

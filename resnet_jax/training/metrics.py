@@ -86,9 +86,12 @@ class Console:
 
     def start(self, step: int) -> None:
         """Begins to count at ``step``."""
-        if sys.stderr.isatty():
+        # A terminal that doesn't know its width would show nothing of a bar.
+        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
             form = "{percentage:3.0f}%|{bar:10}| {n}/{total}, {remaining} left{postfix}"
-            self._bar = tqdm.tqdm(total=self._total, initial=step, dynamic_ncols=True, smoothing=0.1, bar_format=form)
+            self._bar = tqdm.tqdm(
+                total=self._total, initial=step, dynamic_ncols=True, smoothing=0.1, leave=False, bar_format=form
+            )
 
     def line(self, text: str) -> None:
         """Prints a line (above the bar)."""

@@ -32,7 +32,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
         raise UsageError(f"{path}: not readable ({error})") from error
 
 
-def check_recipe(workdir: pathlib.Path, values: dict[str, Any]) -> None:
+def check_recipe(workdir: pathlib.Path, values: dict[str, Any], training: bool) -> None:
     """Checks that the folder is new, or holds a run of the same recipe.
 
     Raises:
@@ -41,7 +41,7 @@ def check_recipe(workdir: pathlib.Path, values: dict[str, Any]) -> None:
     before = read_json(workdir / "config.json")
     if before is None:
         return
-    changes = recipe_changes(before, values)
+    changes = recipe_changes(before, values, training)
     if changes:
         raise UsageError(f"--workdir={workdir} holds a run of another recipe ({'; '.join(changes)});"
                          " choose another work directory or the same settings")  # fmt: skip
