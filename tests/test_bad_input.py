@@ -429,6 +429,16 @@ def test_a_work_directory_of_another_model_lists_what_differs(tmp_path):
     assert "batch_size" not in line
 
 
+def test_checkpoints_without_a_config_or_in_a_file_s_place_are_refused(tmp_path):
+    (tmp_path / "run" / "checkpoints" / "7").mkdir(parents=True)
+    mentions(run_refused(tmp_path / "run"), tmp_path / "run", "no config.json")
+    before = config_lib.flatten(config_lib.load_config("digits_20"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(before))
+    (tmp_path / "other" / "checkpoints").touch()
+    mentions(run_refused(tmp_path / "other"), tmp_path / "other", "checkpoints in it is a file")
+
+
 def test_a_work_directory_with_half_a_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model.name": "cifar_res')
     mentions(run_refused(tmp_path), tmp_path / "config.json", "not readable")

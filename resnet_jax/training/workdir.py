@@ -10,6 +10,7 @@ from typing import Any
 
 from resnet_jax.config import recipe_changes
 from resnet_jax.errors import UsageError
+from resnet_jax.training.checkpoints import FOLDER, latest_step
 from resnet_jax.training.metrics import write_json
 
 
@@ -40,6 +41,8 @@ def check_recipe(workdir: pathlib.Path, values: dict[str, Any], training: bool) 
     """
     before = read_json(workdir / "config.json")
     if before is None:
+        if latest_step(workdir) is not None:
+            raise UsageError(f"--workdir={workdir} has checkpoints but no config.json: no run of ours; choose another")
         return
     changes = recipe_changes(before, values, training)
     if changes:
@@ -54,6 +57,8 @@ def check_writable(workdir: pathlib.Path) -> None:
         nearest = nearest.parent
     if not nearest.is_dir():
         raise UsageError(f"--workdir={workdir}: can't be written ({nearest} is a file)")
+    if (workdir / FOLDER).is_file():
+        raise UsageError(f"--workdir={workdir}: can't be written ({FOLDER} in it is a file, not a folder)")
     if not os.access(nearest, os.W_OK):
         raise UsageError(f"--workdir={workdir}: can't be written (permission denied in {nearest})")
 
