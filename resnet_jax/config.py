@@ -29,6 +29,7 @@ class Limit:
 POSITIVE = Limit(lambda value: value > 0, "must be positive")
 NOT_NEGATIVE = Limit(lambda value: value >= 0, "must not be negative")
 SHARE = Limit(lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+PART = Limit(lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 ITERATIONS = Limit(
     lambda steps: all(isinstance(step, int) and step > 0 for step in steps), "must be whole numbers above zero"
 )
@@ -63,24 +64,49 @@ FIELDS = (
     Field("model.init_fan", "fan_out", "", "He initialisation by fan_out (fb.resnet.torch) or fan_in (Caffe).",
           ("fan_out", "fan_in")),
     Field("model.zero_init_last", False, "", "Start the last BN scale of each block at zero (residual nets)."),
-    Field("data.source", "digits", "", "Where images come from: digits, cifar or image_folder."),
-    Field("data.name", "", "", "Data set within the source: cifar10 or cifar100 for cifar; others have one."),
+    Field("data.source", "digits", "", "Where images come from: digits, cifar, image_folder, tfds, array_record (what"
+          " `python -m resnet_jax.prepare` writes) or ilsvrc (ImageNet's tar files)."),
+    Field("data.name", "", "", "Data set within the source: cifar10 or cifar100 for cifar; TFDS's name for tfds."),
     Field("data.dir", "", "path", "Folder or archive of the data; empty where the source can do without.",
           recipe=False),
+    Field("data.train_split", "train", "", "tfds: the training split, as train or train[:90%]."),
+    Field("data.test_split", "", "", "tfds: the test split; empty: test, or validation where there is none."),
     Field("data.labels", "", "path", "image_folder: text file with one class folder a line, in the order of their"
           " numbers; empty takes all of them, sorted."),
     Field("data.holdout", 0, "images", "Training images held out at random (the same for every seed) for validation.",
           NOT_NEGATIVE),
-    Field("data.image_size", 0, "pixels", "image_folder: resize to squares of this side; 0 takes them as they are.",
+    Field("data.placement", "auto", "", "device: all images lie on the devices; stream: they are read as training goes;"
+          " auto: on the devices for data.crop=whole.", ("auto", "device", "stream"), recipe=False),
+    Field("data.image_size", 0, "pixels", "Side of the squares that the network sees; 0 takes images as they are.",
           NOT_NEGATIVE),
-    Field("data.mean", "channel", "", "What is subtracted: pixel (a mean image), channel or none; of the training"
-          " images alone.", ("pixel", "channel", "none")),
-    Field("data.std", "channel", "", "What images are divided by: channel (of the training images) or none.",
-          ("channel", "none")),
+    Field("data.crop", "whole", "", "What training sees of an image: whole; scale, a crop at a random scale (the"
+          " paper's, section 3.4); inception, a crop of random area and shape.", ("whole", "scale", "inception")),
+    Field("data.scales", (256, 480), "pixels", "scale: limits of the shorter side, both included.", ITERATIONS),
+    Field("data.smallest_area", 0.08, "", "inception: least share of an image's area.", PART),
+    Field("data.interpolation", "bilinear", "", "How training images are resized: bilinear, bicubic or area; not"
+          " antialiased (but for whole).", ("bilinear", "bicubic", "area")),
+    Field("data.reduced_dct", True, "", "Decode training JPEGs at a half, a quarter or an eighth of their size where"
+          " the crop needs no more."),
+    Field("data.mean", "channel", "", "What is subtracted: pixel (a mean image) or channel, of the training images"
+          " alone; imagenet (0.485, 0.456, 0.406) or none.", ("pixel", "channel", "imagenet", "none")),
+    Field("data.mean_image", "", "path", "A .npy file [H, W, 3] or [3] from 0 to 1 to subtract instead."),
+    Field("data.std", "channel", "", "What images are divided by: channel (of the training images), imagenet (0.229,"
+          " 0.224, 0.225) or none.", ("channel", "imagenet", "none")),
     Field("data.pad", 0, "pixels", "Zeros on each side (after the mean) before a random crop of the original size.",
           NOT_NEGATIVE),
     Field("data.flip", False, "", "Mirror half of the training images, at random."),
-    Field("data.workers", 0, "threads", "Readers of image files; 0 takes one per core.", NOT_NEGATIVE, recipe=False),
+    Field("data.color_noise", 0.0, "", "Strength of random colour along ImageNet's principal components; AlexNet's and"
+          " the paper's is 0.1.", NOT_NEGATIVE),
+    Field("data.workers", -1, "", "Readers of image files; -1: one per core; 0: none, batches are read when they are"
+          " needed.", Limit(lambda value: value >= -1, "must be at least -1"), recipe=False),
+    Field("data.worker_type", "thread", "", "What readers are: thread, or process where a host has so many cores that"
+          " Python's lock holds threads up.", ("thread", "process"), recipe=False),
+    Field("data.prefetch", 2, "batches", "Batches that wait on the devices.", POSITIVE, recipe=False),
+    Field("data.cache", "none", "", "memory: keep images in the host's memory, decoded if all of them fit.",
+          ("none", "memory"), recipe=False),
+    Field("data.cache_gb", 8.0, "GB", "Most that data.cache=memory takes.", NOT_NEGATIVE, recipe=False),
+    Field("data.on_error", "raise", "", "An image that can't be read: raise stops there and names it; skip leaves it"
+          " out, counts it, and lets training see the next image in its place.", ("raise", "skip"), recipe=False),
     Field("data.cache_dir", "", "path", "Where decoded and downloaded data is kept; empty: ~/.cache/resnet_jax.",
           recipe=False),
     Field("batch_size", 128, "images", "Images a step over all devices together.", POSITIVE),
@@ -121,6 +147,10 @@ FIELDS = (
           " the last 20 steps) is below this; 0: off.", NOT_NEGATIVE),
     Field("eval.every", 0, "iterations", "Evaluate so often; 0: only at the end.", NOT_NEGATIVE, recipe=False),
     Field("eval.batch_size", 1000, "images", "Images a step in evaluation.", POSITIVE, recipe=False),
+    Field("eval.resize", 256, "pixels", "Shorter side, where training sees crops; the middle is evaluated.",
+          POSITIVE, recipe=False),
+    Field("eval.interpolation", "bilinear", "", "How evaluation resizes, antialiased: bilinear, bicubic or area.",
+          ("bilinear", "bicubic", "area"), recipe=False),
     Field("eval.protocol", "center", "", "Test protocol: center (one view of each image).", ("center",), recipe=False),
     Field("checkpoint.every", 0, "iterations", "Save so often; 0: by time alone.", NOT_NEGATIVE, recipe=False),
     Field("checkpoint.minutes", 10.0, "minutes", "Save when so much time has passed; 0: by iterations alone (the"

@@ -11,7 +11,7 @@ from resnet_jax.config import flatten
 from resnet_jax.errors import UsageError
 from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.loop import Training
-from resnet_jax.training.workdir import check_recipe, check_writable, lock, open_workdir
+from resnet_jax.training.workdir import check_data, check_recipe, check_writable, lock, open_workdir
 
 
 def run_classification(config: ml_collections.ConfigDict, workdir: pathlib.Path, mode: str) -> int:
@@ -32,11 +32,14 @@ def run_classification(config: ml_collections.ConfigDict, workdir: pathlib.Path,
     with jax.set_mesh(mesh):
         task = Classification(config, mesh, weights=done is None)
         train = mode == "train"
+        data = (task.classes, task.examples_per_epoch)
+        if done is not None:
+            check_data(workdir, *data, training=train)
         if train and (done or 0) > task.total_steps:
             raise UsageError(f"--workdir={workdir} is at step {done} already, beyond the {task.total_steps} asked for")
         if not train and done is not None:  # Another command's settings are not the run's.
             return Training(task, config, workdir, mesh, write=False).evaluate_only()
-        open_workdir(workdir, flatten(config))
+        open_workdir(workdir, flatten(config), *data)
         with lock(workdir):
             training = Training(task, config, workdir, mesh)
             return training.run() if train else training.evaluate_only()

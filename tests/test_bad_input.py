@@ -148,7 +148,7 @@ def test_a_config_file_with_an_error_in_it_is_named_with_the_line(tmp_path):
         ("data.holdout=-5", ["data.holdout=-5", "negative"]),
         ("schedule.name=cosin", ["schedule.name=cosin", "cosine"]),
         ("optimizer.decay=some", ["optimizer.decay=some", "all, kernels"]),
-        ("data.mean=pixl", ["data.mean=pixl", "pixel, channel, none"]),
+        ("data.mean=pixl", ["data.mean=pixl", "pixel, channel, imagenet, none"]),
         ("epochs=0", ["epochs or steps", "neither"]),
     ],
 )

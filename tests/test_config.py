@@ -317,8 +317,8 @@ def test_the_defaults_with_a_length_are_valid():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("data.mean", "image", "data.mean=image is unknown: pixel, channel, none"),
-        ("data.std", "pixel", "data.std=pixel is unknown: channel, none"),
+        ("data.mean", "image", "data.mean=image is unknown: pixel, channel, imagenet, none"),
+        ("data.std", "pixel", "data.std=pixel is unknown: channel, imagenet, none"),
         ("optimizer.momentum_style", "Torch", "optimizer.momentum_style=Torch is unknown: torch, caffe"),
         ("optimizer.decay", "none", "optimizer.decay=none is unknown: all, kernels"),
         ("schedule.name", "exp", "schedule.name=exp is unknown: constant, steps, linear, cosine, plateau"),

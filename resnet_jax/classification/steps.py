@@ -14,7 +14,7 @@ from resnet_jax.training import schedules
 from resnet_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
-# Data that lies on the devices throughout: images uint8 [N, H, W, C], labels int32 [N], mean and std.
+# Arrays that lie on the devices throughout: mean, std, and for small data images uint8 [N, H, W, C], labels int32 [N].
 Resident = dict[str, jax.Array]
 
 
@@ -59,6 +59,13 @@ def split_batch(batch: Batch, parts: int, devices: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
+def take_images(batch: Batch, resident: Resident) -> tuple[jax.Array, jax.Array]:
+    """A batch's images uint8 [B, H, W, C] and labels int32 [B]: its own, or the resident ones of its ``index``."""
+    if "images" in batch:
+        return batch["images"], batch["labels"]
+    return tuple(jnp.take(resident[name], batch["index"], axis=0, mode="clip") for name in ("images", "labels"))
+
+
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformationExtraArgs,
@@ -76,9 +83,9 @@ def make_train_step(
       devices: how many the batch is split over.
 
     Returns:
-      ``step(state, {"index", "epoch"}, resident) -> state, metrics``; index and epoch are int32 [B]. Metrics
-      are scalars: ``loss`` (mean over the batch), ``top1_error`` (%), ``learning_rate``, ``gradient_norm`` and, of
-      the updated weights, ``weight_norm``.
+      ``step(state, {"index", "epoch"}, resident) -> state, metrics``; index and epoch are int32 [B]; a batch may
+      bring its own ``images`` and ``labels``. Metrics are scalars: ``loss`` (mean over the batch), ``top1_error``
+      (%), ``learning_rate``, ``gradient_norm`` and, of the updated weights, ``weight_norm``.
     """
     schedule = schedules.make_schedule(config.schedule, total_steps)
     parts = config.optimizer.accumulate
@@ -88,11 +95,11 @@ def make_train_step(
         augment_seed, dropout_seed = jax.random.split(jax.random.key(config.seed))
 
         def forward(params, part, number):
-            images = jnp.take(resident["images"], part["index"], axis=0, mode="clip")
-            labels = jnp.take(resident["labels"], part["index"], axis=0, mode="clip")
+            images, labels = take_images(part, resident)
             images = augment.normalise(images, resident["mean"], resident["std"])
             keys = augment.example_keys(augment_seed, part["epoch"], part["index"])
-            images = augment.augment(keys, images, config.data.pad, config.data.flip)
+            data = config.data
+            images = augment.augment(keys, images, data.pad, data.flip, data.color_noise, resident["std"])
             key = jax.random.fold_in(jax.random.fold_in(dropout_seed, state.step), number)
             logits, updated = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
@@ -170,11 +177,13 @@ def initial_state(
 
 
 def make_eval_step(model: nn.Module) -> Callable[[dict[str, Any], Batch, Resident], dict[str, jax.Array]]:
-    """Builds ``step(variables, {"index"}, resident)``: each example's ``loss``, ``rank`` and ``probabilities``."""
+    """Builds ``step(variables, batch, resident)``: each example's ``loss``, ``rank`` and ``probabilities``.
+
+    A batch has ``index``, or ``images`` and ``labels``.
+    """
 
     def step(variables: dict[str, Any], batch: Batch, resident: Resident) -> dict[str, jax.Array]:
-        images = jnp.take(resident["images"], batch["index"], axis=0, mode="clip")
-        labels = jnp.take(resident["labels"], batch["index"], axis=0, mode="clip")
+        images, labels = take_images(batch, resident)
         logits = model.apply(variables, augment.normalise(images, resident["mean"], resident["std"]), train=False)
         return {
             "loss": cross_entropy(logits, labels),

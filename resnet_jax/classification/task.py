@@ -12,21 +12,23 @@ import numpy as np
 
 from resnet_jax import distributed
 from resnet_jax.classification import steps
-from resnet_jax.data.augment import pixel_statistics
-from resnet_jax.data.order import Order, holdout_split
-from resnet_jax.data.sources import Images, load_dataset
+from resnet_jax.data.feed import make_feeds
+from resnet_jax.distributed import shard_batch
 from resnet_jax.errors import UsageError
 from resnet_jax.models.layers import count_groups, storage_dtype
 from resnet_jax.models.registry import create_model
 from resnet_jax.training import schedules
 from resnet_jax.training.checkpoints import load_run_weights
 from resnet_jax.training.optimizer import make_optimizer
+from resnet_jax.training.prefetch import Prefetch
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Evaluation
 
+_AHEAD = 2  # Batches that evaluation gives the devices before it waits for their results.
+
 
 class Classification:
-    """Images in classes, small enough to lie on the devices. See ``training.task.Task`` for the interface."""
+    """Images in classes. See ``training.task.Task`` for the interface."""
 
     objective = "top1_error"
 
@@ -44,51 +46,34 @@ class Classification:
         self._config, self._mesh = config, mesh
         distributed.check_batch("batch_size", config.batch_size, mesh, config.optimizer.accumulate)
         _check_groups(config, mesh.size)
-        create_model(**_model_settings(config.model))  # Its mistakes are cheaper to find than the data.
-        dataset = load_dataset(config.data)
-        splits = self._split(dataset.train) | {"test": dataset.test}
-        classes = config.model.num_classes or len(dataset.classes)
-        if classes != len(dataset.classes):
+        # Its mistakes are cheaper to find than the data.
+        self._model = create_model(**_model_settings(config.model))
+        self._feeds, self.classes = make_feeds(config, mesh, storage_dtype(self._model.dtype))
+        classes = config.model.num_classes or len(self.classes)
+        if classes != len(self.classes):
             raise UsageError(
-                f"model.num_classes={classes}, but {config.data.source} has {len(dataset.classes)} classes"
-                f" ({', '.join(dataset.classes[:3])}, ...)"
+                f"model.num_classes={classes}, but {config.data.source} has {len(self.classes)} classes"
+                f" ({', '.join(self.classes[:3])}, ...)"
             )
         self._model = create_model(num_classes=classes, **_model_settings(config.model))
-        self._image_shape = splits["train"].images.shape[1:]
-        self._lengths = {name: len(images) for name, images in splits.items()}
+        train = self._feeds["train"]
+        self._image_shape = train.image_shape
         self._optimizer = make_optimizer(config.optimizer)
         shapes = self._shapes()
         self._weights = load_run_weights(config.init.weights) if weights and config.init.weights else None
         if self._weights:
             check_weights(self._weights, shapes, config)
-        self._resident = self._place(splits)
         self._eval_step = jax.jit(steps.make_eval_step(self._model))
 
         self.name = config.model.name
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
         self.examples_per_step = config.batch_size
-        self.examples_per_epoch = self._lengths["train"]
-        self.total_steps = config.steps or math.ceil(config.epochs * self.examples_per_epoch / config.batch_size)
-        self.resident = self._resident["train"]
+        self.examples_per_epoch = train.examples
+        self.total_steps = config.steps or math.ceil(config.epochs * train.examples / config.batch_size)
+        self.resident = train.resident
+        self.streams = "images" not in train.resident
         self.validation = "holdout" if config.data.holdout else "test"
         self.train_step = steps.make_train_step(self._model, self._optimizer, config, self.total_steps, mesh.size)
-
-    def _place(self, splits: dict[str, Images]) -> dict[str, dict[str, jax.Array]]:
-        """Every split on every device, with the training set's mean and deviation."""
-        needed = sum(part.images.nbytes for part in splits.values())
-        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # CPUs don't say.
-        if memory and needed > 0.8 * memory:
-            raise UsageError(
-                f"the images take {needed / 2**30:.1f} GiB, and a device has {memory / 2**30:.1f} GiB of memory;"
-                " a smaller data.image_size takes less"
-            )
-        data, dtype = self._config.data, storage_dtype(self._model.dtype)
-        mean, std = pixel_statistics(splits["train"].images, data.mean, data.std)
-        statistics = {"mean": mean.astype(dtype), "std": std.astype(dtype)}
-        return {
-            name: distributed.replicate(self._mesh, {"images": part.images, "labels": part.labels} | statistics)
-            for name, part in splits.items()
-        }
 
     def _shapes(self) -> TrainState:
         """The state's shapes; a UsageError where the images are too small for the network."""
@@ -104,15 +89,6 @@ class Classification:
             raise UsageError(too_small)
         return shapes
 
-    def _split(self, train: Images) -> dict[str, Images]:
-        held_out = self._config.data.holdout
-        if not held_out:
-            return {"train": train}
-        if held_out >= len(train):
-            raise UsageError(f"data.holdout={held_out} leaves nothing of {len(train)} training images")
-        kept, validation = holdout_split(len(train), held_out)
-        return {"train": train[kept], "holdout": train[validation]}
-
     def _new_state(self) -> TrainState:
         return steps.initial_state(self._model, self._optimizer, self._config, self._image_shape)
 
@@ -124,34 +100,43 @@ class Classification:
         average = distributed.replicate(self._mesh, weights) if state.average else None
         return state.replace(**distributed.replicate(self._mesh, weights), average=average)
 
+    @property
+    def broken(self) -> set[str]:
+        return set().union(*(feed.broken for feed in self._feeds.values()))
+
     def batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
-        order = Order(self._config.seed, self._lengths["train"])
-        step = first_step
-        while True:
-            yield order.batch(step, self._config.batch_size)
-            step += 1
+        return self._feeds["train"].training(self._config.seed, self._config.batch_size, first_step, self.total_steps)
 
     def evaluate(self, state: TrainState, split: str, poll: Callable[[], None]) -> Evaluation:
-        examples, devices = self._lengths[split], self._mesh.size
-        batch = math.ceil(min(self._config.eval.batch_size, examples) / devices) * devices
-        outputs = []
-        for start in range(0, examples, batch):
-            poll()
-            # The last batch is filled up with its own first example, whose surplus results are cut off below.
-            index = np.arange(start, start + batch, dtype=np.int32)
-            index[index >= examples] = start
-            index = distributed.shard_batch(self._mesh, {"index": index})
-            outputs.append(self._eval_step(state.variables, index, self._resident[split]))
-        joined = {name: np.concatenate([np.asarray(out[name]) for out in outputs])[:examples] for name in outputs[0]}
-        assert len(joined["rank"]) == examples
-        labels = np.asarray(self._resident[split]["labels"])
+        feed, devices = self._feeds[split], self._mesh.size
+        batch = math.ceil(min(self._config.eval.batch_size, feed.examples) / devices) * devices
+
+        def place(host: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
+            arrays = {name: host[name] for name in feed.inputs}
+            return {name: host[name] for name in ("index", "labels", "valid")}, shard_batch(self._mesh, arrays)
+
+        hosts, outputs = [], []
+        with Prefetch(feed.evaluation(batch), place, self._config.data.prefetch) as batches:
+            for host, arrays in batches:
+                poll()
+                hosts.append(host)
+                outputs.append(self._eval_step(state.variables, arrays, feed.resident))
+                if len(outputs) > _AHEAD:  # Images of all batches at once would fill the memory.
+                    outputs[-1 - _AHEAD] = jax.device_get(outputs[-1 - _AHEAD])
+        valid = np.concatenate([host["valid"] for host in hosts])
+        index, labels = (np.concatenate([host[name] for host in hosts])[valid] for name in ("index", "labels"))
+        joined = {name: np.concatenate([np.asarray(out[name]) for out in outputs])[valid] for name in outputs[0]}
+        if not len(index):
+            raise UsageError(f"none of the {feed.examples} images of the {split} set can be read")
+        # Every example exactly once, but for those that were left out and said to be.
+        assert np.array_equal(index, np.unique(index))
+        assert len(index) + len(feed.broken) >= feed.examples
         metrics = {
             "top1_error": 100 * float(np.mean(joined["rank"] >= 1)),
             "top5_error": 100 * float(np.mean(joined["rank"] >= 5)),
             "loss": float(np.mean(joined["loss"], dtype=np.float64)),
-            "examples": examples,
+            "examples": len(index),
         }
-        index = np.arange(examples, dtype=np.int32)
         return Evaluation(metrics, {"index": index, "label": labels, "probabilities": joined["probabilities"]})
 
     def after_evaluation(self, state: TrainState, error: float) -> TrainState:

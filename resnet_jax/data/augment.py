@@ -13,8 +13,8 @@ def example_keys(seed: jax.Array, epoch: jax.Array, index: jax.Array) -> jax.Arr
 def pixel_statistics(images: np.ndarray, mean: str, std: str) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of uint8 images [N, H, W, C], on the scale where white is 1, float32.
 
-    The mean is an image [H, W, C] for ``pixel``, [C] for ``channel`` and zeros [C] for ``none``;
-    the standard deviation is [C], of all pixels of a channel, or ones.
+    The mean is an image [H, W, C] for ``pixel``, [C] for ``channel``, else zeros [C]; the standard deviation is [C],
+    of all pixels of a channel for ``channel``, else ones.
     """
     channels = images.shape[-1]
     total = images.sum(0, dtype=np.float64) / (255 * len(images))  # The mean image.
@@ -24,14 +24,33 @@ def pixel_statistics(images: np.ndarray, mean: str, std: str) -> tuple[np.ndarra
         square += np.square(images[start : start + part] / 255.0).sum((0, 1, 2))
     per_channel = total.mean((0, 1))
     variance = square / (images.size / channels) - per_channel**2
-    chosen = {"pixel": total, "channel": per_channel, "none": np.zeros(channels)}[mean]
-    deviation = {"channel": np.sqrt(np.maximum(variance, 1e-12)), "none": np.ones(channels)}[std]
+    chosen = {"pixel": total, "channel": per_channel}.get(mean, np.zeros(channels))
+    deviation = np.sqrt(np.maximum(variance, 1e-12)) if std == "channel" else np.ones(channels)
     return chosen.astype(np.float32), deviation.astype(np.float32)
 
 
 def normalise(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
     """uint8 [N, H, W, C] -> (images / 255 - mean) / std in the dtype of ``mean``."""
     return (images.astype(mean.dtype) / 255 - mean) / std
+
+
+# Principal components of ImageNet's colours in [0, 1] (Krizhevsky et al., 2012; figures of fb.resnet.torch): the
+# deviation along each, and the directions as columns, of which the first is grey.
+COLOR_DEVIATIONS = (0.2175, 0.0188, 0.0045)
+COLOR_DIRECTIONS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+def color_noise(keys: jax.Array, strength: float, dtype: jnp.dtype) -> jax.Array:
+    """The colour that is added to each image whole, [N, 1, 1, 3], on the scale where white is 1.
+
+    The paper's "standard color augmentation": along each principal component a normal draw of deviation ``strength``
+    (0.1) times the component's own.
+    """
+    alpha = strength * jax.vmap(lambda key: jax.random.normal(key, (3,), dtype))(keys)
+    scaled = alpha * jnp.asarray(COLOR_DEVIATIONS, dtype)
+    # Written out: a matrix product would be rounded to bfloat16 on TPUs.
+    colors = (scaled[:, None, :] * jnp.asarray(COLOR_DIRECTIONS, dtype)).sum(-1)
+    return colors[:, None, None, :]
 
 
 def random_crop(keys: jax.Array, images: jax.Array, pad: int) -> jax.Array:
@@ -52,11 +71,25 @@ def random_flip(keys: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
-def augment(keys: jax.Array, images: jax.Array, pad: int, flip: bool) -> jax.Array:
-    """The paper's CIFAR augmentation (section 4.2) of normalised images: zero-padded random crop and mirror."""
+def augment(
+    keys: jax.Array, images: jax.Array, pad: int, flip: bool, noise: float = 0.0, std: jax.Array | float = 1.0
+) -> jax.Array:
+    """What training does to normalised images [N, H, W, C] at random: zero-padded crop, mirror (section 4.2), colour.
+
+    Args:
+      keys: one per example.
+      images: normalised.
+      pad: zeros on each side before the crop, pixels.
+      flip: whether half of them are mirrored.
+      noise: strength of the colour noise (of RGB images alone); 0: none.
+      std: what the images were divided by.
+    """
     crop_keys, flip_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     if pad:
         images = random_crop(crop_keys, images, pad)
     if flip:
         images = random_flip(flip_keys, images)
+    if noise:
+        colour_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2)
+        images = images + color_noise(colour_keys, noise, images.dtype) / std
     return images

@@ -17,4 +17,4 @@ def load() -> Dataset:
     pixels = np.rint(scanned.images * (255 / 16)).astype(np.uint8)[..., None]  # The scans have 17 grey levels.
     everything = Images(pixels, scanned.target.astype(np.int32))
     train, test = holdout_split(len(everything), held_out=len(everything) // 5)
-    return Dataset(everything[train], everything[test], tuple(str(name) for name in scanned.target_names))
+    return Dataset(everything.subset(train), everything.subset(test), tuple(str(name) for name in scanned.target_names))

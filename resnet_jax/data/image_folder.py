@@ -1,41 +1,68 @@
-"""A folder of images, ``train/<class>/*`` and ``test/<class>/*`` (or ``val``), read once and kept as arrays."""
+"""A folder of images, ``train/<class>/**`` and ``test/<class>/**`` (or ``val``), as torchvision's ImageFolder has it.
 
+ImageNet's validation set may also lie flat in ``val``, as its archive unpacks, with its labels beside it
+(``ilsvrc.py``).
+"""
+
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-import contextlib
 import hashlib
 import os
 import pathlib
-import sys
-import zipfile
 
-from absl import logging
 import numpy as np
-from PIL import Image
-import tqdm
 
-from resnet_jax.data.sources import Dataset, Images
+from resnet_jax.data import ilsvrc
+from resnet_jax.data.decode import EXTENSIONS
+from resnet_jax.data.sources import Dataset
 from resnet_jax.errors import UsageError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-# A list of files with their labels, as (path, label, bytes, time of change in ns).
-Listing = list[tuple[str, int, int, int]]
+
+class Files:
+    """Image files with their labels: ``Examples``. Millions of names are kept as one string of bytes."""
+
+    def __init__(self, root: pathlib.Path, names: list[bytes], labels: list[int]):
+        """Takes the files' paths below ``root``."""
+        self._root = os.fsencode(root)
+        self._names = b"".join(names)
+        self._ends = np.cumsum([0, *map(len, names)])
+        self.labels = np.array(labels, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, i: int) -> bytes:
+        """The ``i``-th file."""
+        return os.path.join(self._root, self._names[self._ends[i] : self._ends[i + 1]])
+
+    def __getitem__(self, i: int) -> tuple[bytes, int]:
+        with open(self.path(i), "rb", buffering=0) as file:
+            return file.read(), int(self.labels[i])
+
+    def where(self, i: int) -> str:
+        return os.fsdecode(self.path(i))
+
+    def fingerprint(self, stamps: bool) -> str:
+        digest = hashlib.sha256(self._root + self._names + self._ends.tobytes() + self.labels.tobytes())
+        if stamps:
+            for i in range(len(self)):
+                try:
+                    status = os.stat(self.path(i))
+                except OSError as error:
+                    raise UsageError(f"{self.where(i)}: not readable ({error.strerror})") from error
+                digest.update(b"%d %d " % (status.st_size, status.st_mtime_ns))
+        return digest.hexdigest()
 
 
-def load(folder: str, labels: str, size: int, workers: int, cache: pathlib.Path) -> Dataset:
-    """Reads the folder, or its copy in the cache when no file was added, removed or changed.
+def open_folder(folder: str, labels: str) -> Dataset:
+    """Lists the folder; reads no image.
 
     Args:
-      folder: holds ``train`` and ``test`` or ``val``, each with one folder per class.
+      folder: holds ``train`` and ``test`` or ``val``, each with one folder per class; images may lie deeper in those.
       labels: text file with one class a line, in the order of their numbers; empty: all classes, sorted.
-      size: images are resized to squares of this side, in pixels; 0 wants them all of one size as they are.
-      workers: threads that read; 0 for one per core.
-      cache: folder for the copy.
-
-    Returns:
-      RGB images, uint8 [N, H, W, 3].
 
     Raises:
-      UsageError: a folder or class that is missing or empty, a file that is no image, sizes that differ.
+      UsageError: a folder or class that is missing or empty.
     """
     if not folder:
         raise UsageError("data.source=image_folder needs data.dir, a folder with train/<class>/* and test/<class>/*")
@@ -48,31 +75,17 @@ def load(folder: str, labels: str, size: int, workers: int, cache: pathlib.Path)
             wanted = "train" if part == "train" else "test or val"
             raise UsageError(f"data.dir={folder}: no folder {wanted} in it (expected {wanted}/<class>/*)")
     classes = _classes(root / "train", labels)
-    for name in _classes(root / test_name, ""):
-        if not (root / "train" / name).is_dir():
-            raise UsageError(f"{root / test_name / name}: {name!r} is no class of the training set")
-    listings = [_list(root / part, classes) for part in ("train", test_name)]
-    path = cache / f"image_folder-{_fingerprint(listings, size)}.npz"
-    try:
-        with np.load(path) as stored:
-            parts = [Images(stored[f"{part}_images"], stored[f"{part}_labels"]) for part in ("train", "test")]
-        print(f"read {sum(map(len, parts))} images from the cache {path}", flush=True)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # No copy, or a damaged one.
-        parts = [_read(listing, size, workers) for listing in listings]
-        _store(path, parts)
-    if parts[0].images.shape[1:] != parts[1].images.shape[1:]:
-        sizes = ["x".join(map(str, part.images.shape[1:3])) for part in parts]
-        raise UsageError(f"data.dir={folder}: training images are {sizes[0]} pixels, test images {sizes[1]};"
-                         " set data.image_size")  # fmt: skip
-    return Dataset(*parts, classes)
+    train = _list(root / "train", classes)
+    flat = _flat_validation(root, root / test_name, classes)
+    return Dataset(train, flat or _list(root / test_name, _known(root / test_name, root / "train", classes)), classes)
 
 
 def _classes(folder: pathlib.Path, labels: str) -> tuple[str, ...]:
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    found = _subfolders(folder)
     if not found:
         raise UsageError(f"{folder}: no class folders in it (expected {folder.name}/<class>/*)")
     if not labels:
-        return tuple(found)
+        return found
     try:
         lines = pathlib.Path(labels).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -88,82 +101,64 @@ def _classes(folder: pathlib.Path, labels: str) -> tuple[str, ...]:
     return tuple(named)
 
 
-def _list(folder: pathlib.Path, classes: tuple[str, ...]) -> Listing:
-    """The image files of every class, sorted."""
-    listing: Listing = []
-    for label, name in enumerate(classes):
-        if not (folder / name).is_dir():
+def _subfolders(folder: pathlib.Path) -> tuple[str, ...]:
+    return tuple(
+        sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    )
+
+
+def _known(folder: pathlib.Path, train: pathlib.Path, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """``classes``, once every folder of the test set is known to be a class of the training set."""
+    found = _subfolders(folder)
+    if not found:
+        raise UsageError(f"{folder}: no class folders in it (expected {folder.name}/<class>/*)")
+    for name in found:
+        if not (train / name).is_dir():
+            raise UsageError(f"{folder / name}: {name!r} is no class of the training set")
+    for name in classes:
+        if name not in found:
             raise UsageError(f"{folder / name}: no such folder, though {name!r} is a class of the training set")
-        entries = [entry for entry in os.scandir(folder / name) if entry.name.lower().endswith(EXTENSIONS)]
-        if not entries:
+    return classes
+
+
+def _list(folder: pathlib.Path, classes: tuple[str, ...]) -> Files:
+    """The image files of every class, sorted; classes are listed in parallel, which network file systems reward."""
+
+    def one(name: str) -> list[bytes]:
+        names = sorted(_walk(os.fsencode(folder / name), os.fsencode(name)))
+        if not names:
             raise UsageError(f"{folder / name}: no images in it ({', '.join(EXTENSIONS)})")
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            try:
-                status = entry.stat()
-            except OSError as error:
-                raise UsageError(f"{entry.path}: not readable ({error.strerror})") from error
-            listing.append((entry.path, label, status.st_size, status.st_mtime_ns))
-    return listing
+        return names
+
+    with ThreadPoolExecutor(16) as pool:
+        listed = list(pool.map(one, classes))
+    labels = [label for label, names in enumerate(listed) for _ in names]
+    return Files(folder, [name for names in listed for name in names], labels)
 
 
-def _fingerprint(listings: list[Listing], size: int) -> str:
-    return hashlib.sha256(repr((size, listings)).encode()).hexdigest()[:16]
+def _walk(folder: bytes, below: bytes) -> Iterator[bytes]:
+    """Paths of the image files in a folder and its subfolders, ``below`` before them."""
+    extensions = tuple(extension.encode() for extension in EXTENSIONS)
+    for entry in os.scandir(folder):
+        if entry.name.startswith(b"."):
+            continue
+        path = os.path.join(below, entry.name)
+        if entry.name.lower().endswith(extensions):
+            yield path
+        elif entry.is_dir():
+            yield from _walk(entry.path, path)
 
 
-def _read(listing: Listing, size: int, workers: int) -> Images:
-    """Decodes all files in parallel (Pillow lets go of the interpreter while it does)."""
-    first = _decode(listing[0][0], size)
-    needed, free = len(listing) * first.nbytes, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > 0.9 * free:
-        raise UsageError(f"{len(listing)} images of {first.nbytes:,} bytes take {needed / 2**30:.1f} GiB of memory, of"
-                         f" which {free / 2**30:.1f} are free; a smaller data.image_size takes less")  # fmt: skip
-    images = np.empty((len(listing), *first.shape), np.uint8)
-
-    def read(i: int) -> None:
-        image = _decode(listing[i][0], size)
-        if image.shape != first.shape:
-            sizes = ["x".join(map(str, array.shape[1::-1])) for array in (image, first)]
-            raise UsageError(f"{listing[i][0]} has {sizes[0]} pixels, {listing[0][0]} {sizes[1]}; set data.image_size")
-        images[i] = image
-
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        done = pool.map(read, range(len(listing)))
-        folder = pathlib.Path(listing[0][0]).parents[1]
-        bar = tqdm.tqdm(done, f"reading {folder}", len(listing), disable=not sys.stderr.isatty(), leave=False)
-        try:
-            for _ in bar:
-                pass
-        except BaseException:  # Ctrl-C too: thousands of files may be waiting.
-            pool.shutdown(cancel_futures=True)
-            raise
-    return Images(images, np.array([entry[1] for entry in listing], np.int32))
-
-
-def _decode(path: str, size: int) -> np.ndarray:
-    """One file as RGB uint8 [H, W, 3]; resized to a square where ``size`` is given."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I;16"):  # Pillow's conversion would cut it off at 255.
-                image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-            image = image.convert("RGB")
-            if size and image.size != (size, size):
-                image = image.resize((size, size), Image.Resampling.BILINEAR)
-            return np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path}: not a readable image ({error})") from error
-
-
-def _store(path: pathlib.Path, parts: list[Images]) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            arrays = {}
-            for name, part in zip(("train", "test"), parts, strict=True):
-                arrays |= {f"{name}_images": part.images, f"{name}_labels": part.labels}
-            np.savez(file, **arrays)
-        partial.rename(path)
-    except OSError as error:  # The cache saves time; doing without it is no mistake.
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        logging.warning("could not write the cache %s (%s); the files will be read again next time", path, error)
+def _flat_validation(root: pathlib.Path, folder: pathlib.Path, classes: tuple[str, ...]) -> Files | None:
+    """ImageNet's validation images where they lie in ``folder`` itself; None where there are none."""
+    names = sorted(
+        entry.name for entry in os.scandir(folder) if ilsvrc.VALIDATION_NAME.fullmatch(entry.name) and entry.is_file()
+    )
+    if not names:
+        return None
+    labels = ilsvrc.validation_labels((root, folder), names)
+    number = {name: i for i, name in enumerate(classes)}
+    for name, wnid in zip(names, labels, strict=True):
+        if wnid not in number:
+            raise UsageError(f"{folder / name}: {wnid!r} is no class of the training set")
+    return Files(folder, [os.fsencode(name) for name in names], [number[wnid] for wnid in labels])

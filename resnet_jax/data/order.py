@@ -21,10 +21,11 @@ class Order:
         self._epochs: dict[int, np.ndarray] = {}
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            self._epochs = {key: value for key, value in self._epochs.items() if key == epoch - 1}
-            self._epochs[epoch] = epoch_order(self._seed, epoch, self._examples)
-        return self._epochs[epoch]
+        known = self._epochs.get(epoch)
+        if known is None:  # Threads may both come here, and find the same.
+            known = epoch_order(self._seed, epoch, self._examples)
+            self._epochs = {epoch: known} | {key: value for key, value in self._epochs.items() if key == epoch - 1}
+        return known
 
     def batch(self, step: int, size: int) -> dict[str, np.ndarray]:
         """``index`` and ``epoch``, both [size] int32, of the examples of one step (from 0)."""

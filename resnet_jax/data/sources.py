@@ -1,9 +1,10 @@
-"""Data sets small enough to be held as arrays, by the name of their source."""
+"""Data sets by the name of their source, and the one interface to examples that lie encoded in files."""
 
 from collections.abc import Callable
 import dataclasses
 import os
 import pathlib
+from typing import Protocol, runtime_checkable
 
 import ml_collections
 import numpy as np
@@ -13,7 +14,7 @@ from resnet_jax.errors import UsageError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Labelled images: ``images`` uint8 [N, H, W, C], ``labels`` int32 [N]."""
+    """Labelled images in memory: ``images`` uint8 [N, H, W, C], ``labels`` int32 [N]."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -21,17 +22,81 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: np.ndarray) -> "Images":
+    def subset(self, index: np.ndarray) -> "Images":
+        """The examples of ``index``."""
         return Images(self.images[index], self.labels[index])
+
+
+@runtime_checkable
+class Examples(Protocol):
+    """Labelled images in files, read one at a time, by threads and processes alike (it is pickled for the latter)."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, i: int) -> tuple[bytes, int]:
+        """The ``i``-th image as it is encoded, and its label; an OSError where it can't be read."""
+
+    def where(self, i: int) -> str:
+        """What a person calls the ``i``-th example: its file, or its place in one."""
+
+    def fingerprint(self, stamps: bool) -> str:
+        """A string that differs for other data; ``stamps`` looks at every file's size and time too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some of another source's examples."""
+
+    examples: Examples
+    index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> tuple[bytes, int]:
+        return self.examples[int(self.index[i])]
+
+    def where(self, i: int) -> str:
+        return self.examples.where(int(self.index[i]))
+
+    def fingerprint(self, stamps: bool) -> str:
+        return f"{self.examples.fingerprint(stamps)}-{len(self)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What is subtracted from images and what they are divided by, on the scale where white is 1.
+
+    Attributes:
+      image: mean image, float32 [H, W, 3], over centre crops.
+      mean, std: of each channel over all pixels of those crops, float32 [3].
+    """
+
+    image: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A training and a test set with the names of their classes, in the order of the labels."""
+    """A training and a test set with the names of their classes, in the order of the labels.
 
-    train: Images
-    test: Images
+    Attributes:
+      train, test: both ``Images`` or both ``Examples``.
+      classes: names.
+      statistics: the training set's, where the source knows them.
+    """
+
+    train: Images | Examples
+    test: Images | Examples
     classes: tuple[str, ...]
+    statistics: Statistics | None = None
+
+
+def subset(part: Images | Examples, index: np.ndarray) -> Images | Examples:
+    """The examples of ``index``."""
+    return part.subset(index) if isinstance(part, Images) else Subset(part, index)
 
 
 def cache_folder(data: ml_collections.ConfigDict) -> pathlib.Path:
@@ -40,6 +105,11 @@ def cache_folder(data: ml_collections.ConfigDict) -> pathlib.Path:
         return pathlib.Path(data.cache_dir).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(base) / "resnet_jax"
+
+
+def worker_count(workers: int) -> int:
+    """How many workers ``data.workers`` means: -1 is one for each core that this process may use."""
+    return len(os.sched_getaffinity(0)) if workers < 0 else workers
 
 
 def _digits(data: ml_collections.ConfigDict) -> Dataset:
@@ -57,9 +127,25 @@ def _cifar(data: ml_collections.ConfigDict) -> Dataset:
 def _image_folder(data: ml_collections.ConfigDict) -> Dataset:
     from resnet_jax.data import image_folder
 
-    return image_folder.load(
-        data.dir, labels=data.labels, size=data.image_size, workers=data.workers, cache=cache_folder(data)
-    )
+    return image_folder.open_folder(data.dir, data.labels)
+
+
+def _tfds(data: ml_collections.ConfigDict) -> Dataset:
+    from resnet_jax.data import tfds
+
+    return tfds.open_builder(data.name, data.dir, data.train_split, data.test_split)
+
+
+def _array_record(data: ml_collections.ConfigDict) -> Dataset:
+    from resnet_jax.data import array_record
+
+    return array_record.open_prepared(data.dir)
+
+
+def _ilsvrc(data: ml_collections.ConfigDict) -> Dataset:
+    from resnet_jax.data import ilsvrc
+
+    return ilsvrc.open_archives(data.dir)
 
 
 # A new source is a row here, and a function from config.data to a Dataset.
@@ -67,11 +153,14 @@ SOURCES: dict[str, Callable[[ml_collections.ConfigDict], Dataset]] = {
     "digits": _digits,
     "cifar": _cifar,
     "image_folder": _image_folder,
+    "tfds": _tfds,
+    "array_record": _array_record,
+    "ilsvrc": _ilsvrc,
 }
 
 
-def load_dataset(data: ml_collections.ConfigDict) -> Dataset:
-    """Reads the data set that ``config.data`` describes.
+def open_dataset(data: ml_collections.ConfigDict) -> Dataset:
+    """Finds the data set that ``config.data`` describes; what lies encoded in files stays there.
 
     Raises:
       UsageError: unknown source, or data that is missing, broken or not what the config says.
@@ -81,3 +170,17 @@ def load_dataset(data: ml_collections.ConfigDict) -> Dataset:
     if data.labels and not pathlib.Path(data.labels).is_file():
         raise UsageError(f"data.labels={data.labels}: no such file")
     return SOURCES[data.source](data)
+
+
+def load_dataset(data: ml_collections.ConfigDict) -> Dataset:
+    """The same with all images in memory.
+
+    Raises:
+      UsageError: as ``open_dataset``, and where they don't fit or have different sizes.
+    """
+    dataset = open_dataset(data)
+    if isinstance(dataset.train, Images):
+        return dataset
+    from resnet_jax.data.resident import read_dataset
+
+    return read_dataset(dataset, data.image_size, worker_count(data.workers), cache_folder(data))

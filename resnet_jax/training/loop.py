@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import dataclasses
+from functools import partial
 import itertools
 import math
 import pathlib
@@ -13,8 +14,10 @@ import ml_collections
 import numpy as np
 
 from resnet_jax import distributed
+from resnet_jax.errors import UsageError
 from resnet_jax.training.checkpoints import Checkpoints
 from resnet_jax.training.metrics import Console, MetricsWriter, write_json
+from resnet_jax.training.prefetch import Prefetch
 from resnet_jax.training.record import Diverged, Record, Window
 from resnet_jax.training.signals import Stopped, StopSignal
 from resnet_jax.training.state import TrainState
@@ -48,7 +51,8 @@ class Training:
           workdir: an existing folder.
           mesh: the devices, in force (``jax.set_mesh``).
           steps_per_dispatch: steps that the device runs without hearing from Python; by default one on CPUs, where
-            loops make convolutions slow, and elsewhere as many as fit between logs, evaluations and checkpoints.
+            loops make convolutions slow, and where data comes from files; elsewhere as many as fit between logs,
+            evaluations and checkpoints.
           write: false where the run is only evaluated.
         """
         self._task, self._config, self._workdir, self._mesh = task, config, workdir, mesh
@@ -58,9 +62,11 @@ class Training:
         self._one_step = jax.jit(task.train_step, donate_argnums=0)
         self._many_steps = jax.jit(self._scan_steps, donate_argnums=0)
         between_events = math.gcd(config.log.every, config.eval.every, config.checkpoint.every)
-        self._dispatch = steps_per_dispatch or (1 if jax.default_backend() == "cpu" else between_events)
+        alone = task.streams or jax.default_backend() == "cpu"
+        self._dispatch = steps_per_dispatch or (1 if alone else between_events)
         self._saved_at = time.monotonic()
-        self._rate = 0.0  # Steps a second in the last window.
+        self._rate = 0.0  # Steps a second in the last window,
+        self._wait = 0.0  # and the share of the time that they waited for data, %.
         self._last: Evaluation | None = None  # Of the validation split; at the end, the final state's.
 
     def _scan_steps(self, state: TrainState, batches: Any, resident: Any):
@@ -133,6 +139,8 @@ class Training:
                 f" {self._task.examples_per_step} images on {self._mesh.size} {jax.devices()[0].device_kind}"
             )
         batches = self._task.batches(step)
+        if self._task.streams:
+            batches = Prefetch(batches, partial(distributed.shard_batch, self._mesh), config.data.prefetch)
         try:
             improved = False
             if self._evaluation_due(step) and step != record.evaluated:  # Stopped between a step and its evaluation.
@@ -154,13 +162,20 @@ class Training:
             self._save(state, step, record)
             evaluation = self._last if self._task.validation == "test" else None
             evaluation = evaluation or self._task.evaluate(state, "test", stop.poll)
-        except Stopped:
+        except (Stopped, UsageError) as reason:
             # An evaluation broken off is made up for when the run goes on: its step is not in the record.
             step = int(state.step)
-            self._save(state, step, record)
-            self._checkpoints.wait()
+            if step:
+                self._save(state, step, record)
+                self._checkpoints.wait()
+            if isinstance(reason, UsageError):  # Of the data: what is trained so far is none the worse.
+                self._console.line(f"saved at step {step}" if step else "nothing was trained yet")
+                raise
             self._console.line(f"stopped by {stop.received.name} and saved at step {step}; the same command resumes")
             return stop.exit_status
+        finally:
+            if self._task.streams:
+                batches.close()
         self._checkpoints.wait()
         record.seconds = time.monotonic() - self._started
         self._report(self._summary(step, record), evaluation)
@@ -176,9 +191,16 @@ class Training:
         """
         while step < until and stop.received is None:
             count = self._dispatch if step % self._dispatch == 0 and step + self._dispatch <= until else 1
-            chunk = list(itertools.islice(batches, count))
+            try:
+                with self._window.waiting():
+                    chunk = list(itertools.islice(batches, count))
+            except UsageError as error:  # Data that can't be read.
+                stop.fail(error)
+                break
             self._window.start(count)
-            if count == 1:
+            if self._task.streams:
+                state, metrics = self._one_step(state, chunk[0], self._task.resident)
+            elif count == 1:
                 batch = distributed.shard_batch(self._mesh, chunk[0])
                 state, metrics = self._one_step(state, batch, self._task.resident)
             else:
@@ -186,21 +208,24 @@ class Training:
                 batch = distributed.shard_batch(self._mesh, stacked, axis=1)
                 state, metrics = self._many_steps(state, batch, self._task.resident)
             self._window.add(metrics, count)
+            if self._task.streams:  # Each step that waits for the device holds a batch in its memory.
+                self._window.wait_for_all_but(self._config.data.prefetch)
             step += count
             self._console.advance(step)
         return state, step
 
     def _take_in(self, step: int, record: Record) -> None:
         """Waits for the steps up to ``step`` and takes in their metrics; raises ``Diverged``."""
-        per_step, seconds, timed = self._window.take()
+        per_step, seconds, timed, waited = self._window.take()
         for number, metrics in enumerate(per_step, start=step - len(per_step) + 1):
             epoch = (number - 1) * self._task.examples_per_step // self._task.examples_per_epoch
             record.take_in(number, epoch, metrics)
         record.timed_seconds += seconds
         record.timed_steps += timed
+        record.waited_seconds += waited
         record.seconds = time.monotonic() - self._started
         if timed:
-            self._rate = timed / seconds
+            self._rate, self._wait = timed / seconds, 100 * waited / seconds
 
     def _log(self, step: int, record: Record) -> None:
         """Writes the averages since the last log, and shows them."""
@@ -212,6 +237,8 @@ class Training:
             "seconds_per_step": 1 / rate if rate else 0.0,
             "seconds": record.seconds,
         }
+        if self._task.streams:
+            values |= {"data_wait": self._wait, "broken_images": len(self._task.broken)}
         self._writer.write(step, values)
         self._console.progress(step, values["epoch"], values)
 
@@ -253,6 +280,7 @@ class Training:
     def _summary(self, step: int, record: Record) -> dict[str, Any]:
         """What is known of the training; the evaluation's figures come beside it."""
         speed = record.steps_per_second
+        streamed = {"data_wait": record.data_wait, "broken_images": len(self._task.broken)}
         return {
             "model": self._task.name,
             "params": self._task.parameters,
@@ -264,7 +292,7 @@ class Training:
             "protocol": self._config.eval.protocol,
             "images_per_second": speed and speed * self._task.examples_per_step,
             "seconds": record.seconds,
-        }
+        } | (streamed if self._task.streams else {})
 
     def _report(self, summary: dict[str, Any], evaluation: Evaluation) -> None:
         """Writes ``predictions.npz`` and ``summary.json``, and says where they are."""

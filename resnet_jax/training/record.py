@@ -1,5 +1,7 @@
 """What a run remembers of itself beside its arrays: running averages, times, the best evaluation."""
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import time
 
@@ -33,6 +35,7 @@ class Record:
       best: lowest objective so far, %, and best_step its step.
       seconds: time of the whole run.
       timed_seconds, timed_steps: time in training steps alone, without those that compile, and their number.
+      waited_seconds: how much of that time the devices had nothing to do for want of data.
     """
 
     epoch: int = 0
@@ -45,6 +48,7 @@ class Record:
     seconds: float = 0.0
     timed_seconds: float = 0.0
     timed_steps: int = 0
+    waited_seconds: float = 0.0
 
     def take_in(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
         """Adds the metrics of one step (counted from 1) that began in ``epoch``."""
@@ -73,6 +77,11 @@ class Record:
         """Speed of the training steps alone."""
         return self.timed_steps / self.timed_seconds if self.timed_seconds else None
 
+    @property
+    def data_wait(self) -> float | None:
+        """Share of the training steps' time that they waited for data, %."""
+        return 100 * self.waited_seconds / self.timed_seconds if self.timed_seconds else None
+
 
 class Window:
     """Metrics of the steps since the last log, still on the device: fetched once a window, so that nothing waits.
@@ -84,7 +93,21 @@ class Window:
         self._pending: list[dict[str, jax.Array]] = []
         self._compiled: set[int] = set()
         self._clock: float | None = None  # Runs while training steps do.
-        self._seconds, self._timed = 0.0, 0
+        self._seconds, self._timed, self._waited = 0.0, 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wraps what waits for data; it counts where the devices had done all that they were given meanwhile."""
+        begun = time.monotonic()
+        yield
+        idle = not self._pending or self._pending[-1]["loss"].is_ready()
+        if self._clock is not None and idle:
+            self._waited += time.monotonic() - begun
+
+    def wait_for_all_but(self, dispatches: int) -> None:
+        """Waits until at most so many dispatches are not done."""
+        if len(self._pending) > dispatches:
+            jax.block_until_ready(self._pending[-1 - dispatches])
 
     def start(self, steps: int) -> None:
         """Called just before a dispatch of so many steps."""
@@ -103,8 +126,12 @@ class Window:
             self._compiled.add(steps)
             self._clock = time.monotonic()
 
-    def take(self) -> tuple[list[dict[str, float]], float, int]:
-        """Waits for the device; returns the metrics of each step, and the seconds that so many steps took."""
+    def take(self) -> tuple[list[dict[str, float]], float, int, float]:
+        """Waits for the device.
+
+        Returns:
+          The metrics of each step, the seconds that so many steps took, and how many seconds of it data was waited for.
+        """
         per_step: list[dict[str, float]] = []
         for metrics in jax.device_get(self._pending):
             arrays = {name: np.atleast_1d(value) for name, value in metrics.items()}
@@ -112,8 +139,8 @@ class Window:
             per_step += [{name: float(array[i]) for name, array in arrays.items()} for i in range(length)]
         running = self._clock is not None
         self.pause()
-        taken = (per_step, self._seconds, self._timed)
-        self._pending, self._seconds, self._timed = [], 0.0, 0
+        taken = (per_step, self._seconds, self._timed, self._waited)
+        self._pending, self._seconds, self._timed, self._waited = [], 0.0, 0, 0.0
         self._clock = time.monotonic() if running else None
         return taken
 

@@ -16,6 +16,7 @@ class StopSignal:
 
     def __init__(self):
         self.received: signal.Signals | None = None
+        self.error: Exception | None = None
         self._before = {}
 
     def __enter__(self) -> "StopSignal":
@@ -33,8 +34,14 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
+    def fail(self, error: Exception) -> None:
+        """Asks to stop because of an error, which ``poll`` raises."""
+        self.error = error
+
     def poll(self) -> None:
-        """Raises ``Stopped`` when asked to stop."""
+        """Raises ``Stopped`` when asked to stop, or the error that asks for it."""
+        if self.error is not None:
+            raise self.error
         if self.received is not None:
             raise Stopped
 

@@ -33,6 +33,8 @@ class Task(Protocol):
       examples_per_step: the global batch size.
       examples_per_epoch: length of the training set.
       resident: arrays on the devices that every step reads and none changes.
+      streams: whether batches bring data from files, so that steps may have to wait for it.
+      broken: examples that could not be read so far and were left out, and why.
       validation: the split that ``eval.every`` looks at; ``test`` unless examples are held out.
       objective: the metric that decides what is best, and whose rise or fall the plateau rule watches; less is better.
     """
@@ -43,6 +45,8 @@ class Task(Protocol):
     examples_per_step: int
     examples_per_epoch: int
     resident: dict[str, jax.Array]
+    streams: bool
+    broken: set[str]
     validation: str
     objective: str
 
@@ -53,7 +57,10 @@ class Task(Protocol):
         """One step, pure; metrics are scalars: ``loss``, ``gradient_norm``, ``weight_norm``, ``learning_rate``, ..."""
 
     def batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """This process's part of each step's batch, endless, from ``first_step`` (0 is the first)."""
+        """This process's part of each step's batch, from ``first_step`` (0 is the first) to the end.
+
+        It may have ``close``, and raise a UsageError for data that can't be read.
+        """
 
     def evaluate(self, state: TrainState, split: str, poll: Callable[[], None]) -> Evaluation:
         """Evaluates every example of a split once; ``poll`` is called often and may raise to break off."""

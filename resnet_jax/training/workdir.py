@@ -1,8 +1,9 @@
 """The work directory: whose run it holds, and what is written there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -12,6 +13,8 @@ from resnet_jax.config import recipe_changes
 from resnet_jax.errors import UsageError
 from resnet_jax.training.checkpoints import FOLDER, latest_step
 from resnet_jax.training.metrics import write_json
+
+DATA = "data.json"
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
@@ -50,6 +53,29 @@ def check_recipe(workdir: pathlib.Path, values: dict[str, Any], training: bool) 
                          " choose another work directory or the same settings")  # fmt: skip
 
 
+def check_data(workdir: pathlib.Path, classes: Sequence[str], examples: int, training: bool) -> None:
+    """Checks that the data are those that the folder's run was trained on, by their classes and their number.
+
+    Raises:
+      UsageError: they are not.
+    """
+    before = read_json(workdir / DATA)
+    if before is None:
+        return
+    if before["classes"] != list(classes):
+        pairs = itertools.zip_longest(before["classes"], classes)
+        number, (was, now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise UsageError(
+            f"--workdir={workdir} was trained on {len(before['classes'])} classes and the data have {len(classes)};"
+            f" class {number} was {was!r} and is {now!r}"
+        )
+    if training and before["examples"] != examples:
+        raise UsageError(
+            f"--workdir={workdir} was trained on {before['examples']} training images and the data have {examples};"
+            " choose another work directory or the same data"
+        )
+
+
 def check_writable(workdir: pathlib.Path) -> None:
     """Raises a UsageError where the folder can't be made or written."""
     nearest = workdir
@@ -63,8 +89,8 @@ def check_writable(workdir: pathlib.Path) -> None:
         raise UsageError(f"--workdir={workdir}: can't be written (permission denied in {nearest})")
 
 
-def open_workdir(workdir: pathlib.Path, values: dict[str, Any]) -> None:
-    """Makes the folder where needed and writes ``config.json``.
+def open_workdir(workdir: pathlib.Path, values: dict[str, Any], classes: Sequence[str], examples: int) -> None:
+    """Makes the folder where needed and writes ``config.json`` and ``data.json``: classes, number of training images.
 
     Raises:
       UsageError: it can't be written.
@@ -72,6 +98,7 @@ def open_workdir(workdir: pathlib.Path, values: dict[str, Any]) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", values)
+        write_json(workdir / DATA, {"classes": list(classes), "examples": examples})
     except OSError as error:
         raise UsageError(f"--workdir={workdir}: can't be written ({error.strerror or error})") from error
 

@@ -15,7 +15,7 @@ from PIL import Image
 import pytest
 
 from resnet_jax.config import default_config
-from resnet_jax.data import cifar, image_folder
+from resnet_jax.data import cifar, decode, image_folder
 from resnet_jax.data.sources import Dataset, cache_folder, load_dataset
 from resnet_jax.errors import UsageError
 
@@ -437,7 +437,7 @@ def forbid_decoding(monkeypatch) -> None:
     def refuse(*args, **kwargs):
         raise AssertionError("an image file was opened")
 
-    monkeypatch.setattr(Image, "open", refuse)
+    monkeypatch.setattr(image_folder.Files, "__getitem__", refuse)
 
 
 def test_the_second_start_reads_no_image_file(folder, cache, monkeypatch):
@@ -581,6 +581,6 @@ def test_the_cache_lies_where_the_config_or_xdg_or_home_says(monkeypatch, tmp_pa
 
 
 def test_image_folder_is_a_source_for_any_extension_it_lists(tmp_path, cache):
-    for extension in image_folder.EXTENSIONS:
+    for extension in decode.EXTENSIONS:
         root = one_picture_folder(tmp_path / extension[1:], picture(1, size=(8, 8)), f"x{extension}")
         assert load_folder(root, cache).train.images.shape == (1, 8, 8, 3)

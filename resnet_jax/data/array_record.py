@@ -1,0 +1,230 @@
+"""ArrayRecord shards written by ``python -m resnet_jax.prepare``: a few large files instead of a million small ones.
+
+A folder holds ``<split>-00000-of-00016.array_record``, whose records are msgpack maps of ``image`` (the file as it
+was), ``label`` and ``name``, ``index.json`` (classes, splits, examples in each shard) and ``mean.npy``.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+import json
+import os
+import pathlib
+import sys
+import threading
+
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+import msgpack
+import numpy as np
+import tqdm
+
+from resnet_jax.data.crops import CenterCrop
+from resnet_jax.data.decode import BrokenImage
+from resnet_jax.data.sources import Dataset, Examples, Statistics
+from resnet_jax.data.statistics import Sums
+from resnet_jax.errors import UsageError
+
+INDEX, MEAN = "index.json", "mean.npy"
+_UNFINISHED = ".unfinished"  # What is needed to go on, until all shards are written.
+_SAMPLE = 256  # Examples whose size says how many shards there are.
+
+
+class Shards:
+    """One split: ``Examples``."""
+
+    def __init__(self, folder: pathlib.Path, files: dict[str, int]):
+        """Takes the shards' names with their numbers of examples."""
+        self._folder, self._files = folder, files
+        self._source = ArrayRecordDataSource([str(folder / name) for name in files])
+        found, wanted = len(self._source), sum(files.values())
+        if found != wanted:
+            raise UsageError(
+                f"{folder}: its shards hold {found} examples where {INDEX} says {wanted}; prepare it again"
+            )
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def _record(self, i: int) -> dict:
+        try:
+            return msgpack.unpackb(self._source[i])
+        except (RuntimeError, ValueError, IndexError) as error:  # What its reader raises for damaged files.
+            raise OSError(f"damaged record ({' '.join(str(error).split())[:100]})") from error
+
+    def __getitem__(self, i: int) -> tuple[bytes, int]:
+        record = self._record(i)
+        return record["image"], record["label"]
+
+    def where(self, i: int) -> str:
+        try:
+            return f"{self._folder}: {self._record(i)['name']}"
+        except OSError:
+            return f"{self._folder}: example {i}"
+
+    def fingerprint(self, stamps: bool) -> str:
+        del stamps
+        return f"{self._folder} {self._files}"
+
+
+def open_prepared(folder: str) -> Dataset:
+    """Opens a folder that ``prepare`` wrote.
+
+    Raises:
+      UsageError: it is none, or not finished.
+    """
+    if not folder:
+        raise UsageError("data.source=array_record needs data.dir, a folder that python -m resnet_jax.prepare wrote")
+    root = pathlib.Path(folder).expanduser().resolve()
+    if (root / _UNFINISHED).is_dir() and not (root / INDEX).is_file():
+        raise UsageError(f"data.dir={folder}: not finished; the same python -m resnet_jax.prepare goes on")
+    try:
+        index = json.loads((root / INDEX).read_text())
+        parts = [Shards(root, index["splits"][split]) for split in ("train", "test")]
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UsageError(f"data.dir={folder}: no folder that python -m resnet_jax.prepare wrote ({error})") from error
+    statistics = None
+    if index["mean"]:
+        image = np.load(root / MEAN)
+        statistics = Statistics(image, np.array(index["mean"], np.float32), np.array(index["std"], np.float32))
+    return Dataset(*parts, tuple(index["classes"]), statistics)
+
+
+def write(
+    dataset: Dataset,
+    folder: pathlib.Path,
+    workers: int,
+    shard_megabytes: int = 256,
+    mean: CenterCrop | None = None,
+    skip_broken: bool = False,
+) -> dict:
+    """Writes a data set of ``Examples`` as shards; goes on where an earlier call was cut off.
+
+    Args:
+      dataset: the examples.
+      folder: where to.
+      workers: shards that are written at a time.
+      shard_megabytes: about how large a shard is, MB.
+      mean: the view of each training image that the mean image is of; None computes no mean (and decodes nothing).
+      skip_broken: leave out what can't be read instead of stopping there.
+
+    Returns:
+      The index.
+
+    Raises:
+      UsageError: a broken image, or the folder holds something else.
+    """
+    unfinished = folder / _UNFINISHED
+    tasks = [
+        (name, part, start, stop, mean if split == "train" else None)
+        for split, part in (("train", dataset.train), ("test", dataset.test))
+        for name, start, stop in _shards(split, part, shard_megabytes)
+    ]
+    plan = {
+        "source": [part.fingerprint(stamps=False) for part in (dataset.train, dataset.test)],
+        "shards": [name for name, *_ in tasks],
+        "mean": repr(mean),
+    }
+    if _claim(folder, plan):
+        return json.loads((folder / INDEX).read_text())
+    stop_all = threading.Event()
+
+    def one(name: str, part: Examples, start: int, stop: int, view: CenterCrop | None) -> None:
+        if (unfinished / f"{name}.npz").is_file():
+            bar.update(stop - start)
+            return
+        sums, skipped = Sums(), []
+        partial = folder / f".{name}.partial"
+        writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")  # Random access; images don't compress.
+        for i in range(start, stop):
+            if stop_all.is_set():
+                return
+            try:
+                content, label = part[i]
+                if view:
+                    sums.add(view(content, None))
+                record = {"image": content, "label": label, "name": os.path.basename(part.where(i))}
+                writer.write(msgpack.packb(record))
+            except (OSError, BrokenImage) as error:
+                if not skip_broken:
+                    raise UsageError(f"{part.where(i)}: not a readable image ({error});"
+                                     " --on_error=skip leaves such files out") from error  # fmt: skip
+                skipped.append(part.where(i))
+            bar.update()
+        writer.close()
+        os.replace(partial, folder / name)
+        sums.save(unfinished / f"{name}.npz", written=stop - start - len(skipped), skipped=skipped)
+
+    total = sum(stop - start for _, _, start, stop, _ in tasks)
+    with (
+        tqdm.tqdm(
+            total=total, desc=f"writing {len(tasks)} shards", unit=" images", disable=not sys.stderr.isatty()
+        ) as bar,
+        ThreadPoolExecutor(max(1, workers)) as pool,
+    ):
+        futures = [pool.submit(one, *task) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:  # Ctrl-C too.
+            stop_all.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return _finish(dataset, folder, plan)
+
+
+def _shards(split: str, part: Examples, megabytes: int) -> Iterator[tuple[str, int, int]]:
+    """Name, first example and end of each shard; the same for the same data."""
+    sample = range(0, len(part), max(1, len(part) // _SAMPLE))
+    sizes = []
+    for i in sample:
+        try:
+            sizes.append(len(part[i][0]))
+        except OSError:  # Told when its turn comes.
+            sizes.append(0)
+    count = min(len(part), max(1, round(len(part) * float(np.mean(sizes)) / (megabytes * 1e6))))
+    for shard in range(count):
+        start, stop = (len(part) * i // count for i in (shard, shard + 1))
+        yield f"{split}-{shard:05}-of-{count:05}.array_record", start, stop
+
+
+def _claim(folder: pathlib.Path, plan: dict) -> bool:
+    """Makes the folder ready for a plan; whether it is finished already."""
+    known = folder / _UNFINISHED / "plan.json"
+    try:
+        if (folder / INDEX).is_file():
+            if json.loads((folder / INDEX).read_text()).get("plan") != plan:
+                raise UsageError(f"--output={folder} holds other data already; choose another folder")
+            return True
+        if known.is_file():
+            if json.loads(known.read_text()) != plan:
+                raise UsageError(f"--output={folder}: begun with other data or settings; choose another folder")
+            return False
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UsageError(f"--output={folder} is not empty")
+        known.parent.mkdir(parents=True)
+        known.write_text(json.dumps(plan))
+    except OSError as error:
+        raise UsageError(f"--output={folder}: can't be written ({error.strerror})") from error
+    return False
+
+
+def _finish(dataset: Dataset, folder: pathlib.Path, plan: dict) -> dict:
+    """Writes the mean and the index, which make the folder whole."""
+    unfinished, splits, sums, skipped = folder / _UNFINISHED, {"train": {}, "test": {}}, Sums(), []
+    for name in plan["shards"]:
+        part, written, left_out = Sums.load(unfinished / f"{name}.npz")
+        splits[name.split("-")[0]][name] = written
+        sums.merge(part)
+        skipped += left_out
+    index = {"classes": list(dataset.classes), "splits": splits, "skipped": skipped, "mean": None, "std": None}
+    if sums.count:
+        statistics = sums.statistics()
+        np.save(folder / MEAN, statistics.image)
+        index |= {"mean": statistics.mean.tolist(), "std": statistics.std.tolist()}
+    partial = unfinished / INDEX
+    partial.write_text(json.dumps(index | {"plan": plan}, indent=1) + "\n")
+    os.replace(partial, folder / INDEX)
+    for path in unfinished.iterdir():
+        path.unlink()
+    unfinished.rmdir()
+    return index

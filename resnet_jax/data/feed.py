@@ -1,0 +1,248 @@
+"""Where a task's batches come from: arrays that lie on the devices, or files that are read as training goes."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import jax
+import ml_collections
+import numpy as np
+
+from resnet_jax import distributed
+from resnet_jax.data.augment import pixel_statistics
+from resnet_jax.data.cache import Budget, CachedViews
+from resnet_jax.data.crops import CenterCrop, Crop, InceptionCrop, ScaleCrop, Views, Whole
+from resnet_jax.data.order import Order, holdout_split
+from resnet_jax.data.sources import (
+    Dataset,
+    Examples,
+    Images,
+    Statistics,
+    cache_folder,
+    load_dataset,
+    open_dataset,
+    subset,
+    worker_count,
+)
+from resnet_jax.data.statistics import IMAGENET_MEAN, IMAGENET_STD, training_statistics
+from resnet_jax.data.stream import Batches, EvaluationPlan, Reader, Rows, TrainingPlan
+from resnet_jax.errors import UsageError
+
+Batch = dict[str, np.ndarray]
+
+
+class Feed(Protocol):
+    """One split of a data set as batches.
+
+    Attributes:
+      examples: how many it has.
+      image_shape: (H, W, C) of what the network sees.
+      resident: arrays on the devices that every step reads: ``mean`` and ``std``, and the split's ``images`` and
+        ``labels`` where they lie there.
+      inputs: what of an evaluation batch goes to the devices.
+      broken: what could not be read so far, and why.
+    """
+
+    examples: int
+    image_shape: tuple[int, int, int]
+    resident: dict[str, jax.Array]
+    inputs: tuple[str, ...]
+    broken: set[str]
+
+    def training(self, seed: int, batch: int, first: int, end: int) -> Iterator[Batch]:
+        """This process's part of the batches ``first`` to ``end`` - 1: ``index`` and ``epoch``, int32 [n], and
+        ``images``, uint8 [n, H, W, C], and ``labels`` where they are not resident.
+        """  # fmt: skip
+
+    def evaluation(self, batch: int) -> Iterator[Batch]:
+        """This process's part of batches with every example once: the same, and ``valid``, bool [n], which is False for
+        what fills the last batch up and for what can't be read.
+        """  # fmt: skip
+
+
+class ResidentFeed:
+    """A split whose images lie on the devices."""
+
+    inputs = ("index",)
+
+    def __init__(self, images: Images, statistics: dict[str, np.ndarray], mesh: jax.sharding.Mesh):
+        self.examples, self.image_shape = len(images), images.images.shape[1:]
+        arrays = {"images": images.images, "labels": images.labels} | statistics
+        self.resident = distributed.replicate(mesh, arrays)
+        self.broken: set[str] = set()
+        self._labels = images.labels
+
+    def training(self, seed: int, batch: int, first: int, end: int) -> Iterator[Batch]:
+        order = Order(seed, self.examples)
+        return (order.batch(step, batch) for step in range(first, end))
+
+    def evaluation(self, batch: int) -> Iterator[Batch]:
+        for start in range(0, self.examples, batch):
+            index = np.arange(start, start + batch, dtype=np.int32)
+            valid = index < self.examples
+            index[~valid] = start
+            yield {"index": index, "labels": self._labels[index], "valid": valid}
+
+
+class StreamFeed:
+    """A split that is read from its files."""
+
+    inputs = ("images", "labels")
+
+    def __init__(self, views: Views, resident: dict[str, jax.Array], data: ml_collections.ConfigDict):
+        self.examples = len(views.examples)
+        self.image_shape = (views.crop.size, views.crop.size, 3)
+        self.resident = resident
+        self.broken: set[str] = set()
+        self._views, self._data = views, data
+
+    def _reader(self, plan: TrainingPlan | EvaluationPlan, seed: int, broken: str) -> Reader:
+        return Reader(self._views, plan, seed, "raise" if self._data.on_error == "raise" else broken)
+
+    def _batches(self, reader: Reader, first: int, end: int, without: str) -> Batches:
+        workers, processes = worker_count(self._data.workers), self._data.worker_type == "process"
+        return Batches(reader, first, end, workers, processes, self.broken, without)
+
+    def training(self, seed: int, batch: int, first: int, end: int) -> Iterator[Batch]:
+        rows = Rows(batch, jax.process_index(), jax.process_count())
+        reader = self._reader(TrainingPlan(Order(seed, self.examples), rows), seed, "replace")
+        return self._batches(reader, first, end, without="valid")
+
+    def evaluation(self, batch: int) -> Iterator[Batch]:
+        rows = Rows(batch, jax.process_index(), jax.process_count())
+        reader = self._reader(EvaluationPlan(self.examples, rows), 0, "mask")
+        return self._batches(reader, 0, -(-self.examples // batch), without="epoch")
+
+
+def make_feeds(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, dtype: np.dtype):
+    """The feeds of ``train``, ``test`` and, where asked for, ``holdout``, and the names of the classes.
+
+    Args:
+      config: the whole config.
+      mesh: the devices.
+      dtype: of the mean and deviation.
+
+    Returns:
+      ``({split: Feed}, classes)``.
+
+    Raises:
+      UsageError: data that is missing, broken or not what the config says.
+    """
+    data = config.data
+    stream = data.placement == "stream" or (data.placement == "auto" and data.crop != "whole")
+    if not stream and data.crop != "whole":
+        raise UsageError(f"data.crop={data.crop} goes with data.placement=stream")
+    if not stream:
+        dataset = load_dataset(data)
+        splits = _split(dataset, data.holdout)
+        _check_memory(splits)
+        statistics = pixel_statistics(splits["train"].images, data.mean, data.std)
+        statistics = _statistics_arrays(data, statistics, splits["train"].images.shape[1:], dtype)
+        return {name: ResidentFeed(part, statistics, mesh) for name, part in splits.items()}, dataset.classes
+    if not data.image_size:
+        raise UsageError("data.image_size must be set where images are read as training goes")
+    dataset = open_dataset(data)
+    if isinstance(dataset.train, Images):
+        raise UsageError(f"data.source={data.source} lies in memory; it goes with data.crop=whole and"
+                         " data.placement=device")  # fmt: skip
+    train_crop, eval_crop = _crops(config)
+    splits = _split(dataset, data.holdout)
+    known = None if data.holdout else dataset.statistics  # Held-out images are no part of what is learnt.
+    statistics = _stream_statistics(data, splits["train"], eval_crop, known)
+    arrays = _statistics_arrays(data, statistics, (data.image_size, data.image_size, 3), dtype)
+    resident = distributed.replicate(mesh, arrays)
+    crops = {name: train_crop if name == "train" else eval_crop for name in splits}
+    views = _views(data, splits, crops)
+    return {name: StreamFeed(views[name], resident, data) for name in splits}, dataset.classes
+
+
+def _split(dataset: Dataset, held_out: int) -> dict[str, Images | Examples]:
+    train, test = dataset.train, dataset.test
+    if not held_out:
+        return {"train": train, "test": test}
+    if held_out >= len(train):
+        raise UsageError(f"data.holdout={held_out} leaves nothing of {len(train)} training images")
+    kept, validation = holdout_split(len(train), held_out)
+    return {"train": subset(train, kept), "holdout": subset(train, validation), "test": test}
+
+
+def _check_memory(splits: dict[str, Images]) -> None:
+    needed = sum(part.images.nbytes for part in splits.values())
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # CPUs don't say.
+    if memory and needed > 0.8 * memory:
+        raise UsageError(
+            f"the images take {needed / 2**30:.1f} GiB, and a device has {memory / 2**30:.1f} GiB of memory;"
+            " a smaller data.image_size takes less, and data.placement=stream none of it"
+        )
+
+
+def _crops(config: ml_collections.ConfigDict) -> tuple[Crop, Crop]:
+    """What training sees of an image, and what evaluation sees."""
+    data, size = config.data, config.data.image_size
+    if data.crop == "whole":
+        return Whole(size, data.interpolation), Whole(size, config.eval.interpolation)
+    if config.eval.resize < size:
+        raise UsageError(f"eval.resize={config.eval.resize} is less than data.image_size={size}")
+    center = CenterCrop(size, config.eval.resize, config.eval.interpolation)
+    if data.crop == "inception":
+        return InceptionCrop(size, data.smallest_area, (3 / 4, 4 / 3), data.interpolation, data.reduced_dct), center
+    if len(data.scales) != 2 or not size <= data.scales[0] <= data.scales[1]:
+        raise UsageError(
+            f"data.scales={tuple(data.scales)}: expected the least and the largest shorter side, at least"
+            f" data.image_size={size}"
+        )
+    return ScaleCrop(size, *data.scales, data.interpolation, data.reduced_dct), center
+
+
+def _views(data: ml_collections.ConfigDict, splits: dict[str, Examples], crops: dict[str, Crop]) -> dict[str, Views]:
+    if data.cache == "none":
+        return {name: Views(part, crops[name]) for name, part in splits.items()}
+    if data.worker_type == "process":
+        raise UsageError("data.cache=memory goes with data.worker_type=thread, which share one memory")
+    budget = Budget(data.cache_gb)
+    views = {}
+    for name, part in splits.items():
+        views[name] = CachedViews(part, crops[name], budget)
+        print(f"keeping {name} images in memory: {views[name].description}", flush=True)
+    return views
+
+
+def _stream_statistics(
+    data: ml_collections.ConfigDict, train: Examples, view: CenterCrop | Whole, known: Statistics | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, standard deviation) as ``data.mean`` and ``data.std`` ask; both are of what evaluation would see."""
+    wants_mean = data.mean in ("pixel", "channel") and not data.mean_image
+    if wants_mean or data.std == "channel":
+        fits = known is not None and known.image.shape[0] == view.size
+        found = known if fits else training_statistics(
+            train, view, worker_count(data.workers), cache_folder(data), skip_broken=data.on_error == "skip"
+        )  # fmt: skip
+        means = {"pixel": found.image, "channel": found.mean}
+        return means.get(data.mean, np.zeros(3)), found.std if data.std == "channel" else np.ones(3)
+    return np.zeros(3), np.ones(3)
+
+
+def _statistics_arrays(
+    data: ml_collections.ConfigDict, found: tuple[np.ndarray, np.ndarray], shape: tuple[int, int, int], dtype: np.dtype
+) -> dict[str, np.ndarray]:
+    """``mean`` and ``std`` of the resident arrays: what was found in the data, or what is given."""
+    mean, std = found
+    if data.mean_image:
+        mean = _read_mean(data.mean_image, shape)
+    elif data.mean == "imagenet":
+        mean = np.array(IMAGENET_MEAN)
+    if data.std == "imagenet":
+        std = np.array(IMAGENET_STD)
+    return {"mean": np.asarray(mean, dtype), "std": np.asarray(std, dtype)}
+
+
+def _read_mean(path: str, shape: tuple[int, int, int]) -> np.ndarray:
+    try:
+        mean = np.load(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"data.mean_image={path}: not a readable .npy file ({error})") from error
+    if mean.shape not in (shape, shape[-1:]) or not 0 <= mean.min() <= mean.max() <= 1:
+        raise UsageError(
+            f"data.mean_image={path}: expected {shape} or {shape[-1:]} numbers from 0 to 1; it has {mean.shape} from"
+            f" {mean.min():.3g} to {mean.max():.3g}"
+        )
+    return mean

@@ -1,0 +1,194 @@
+"""ImageNet (ILSVRC 2012) as it is handed out: two tar files and a development kit; read without unpacking.
+
+``ILSVRC2012_img_train.tar`` holds one tar file a class, ``ILSVRC2012_img_val.tar`` the validation images, whose labels
+are in ``ILSVRC2012_devkit_t12.tar.gz`` or one of the lists that others made of it.
+"""
+
+from collections.abc import Iterable, Sequence
+import csv
+import io
+import os
+import pathlib
+import re
+import sys
+import tarfile
+import threading
+
+import numpy as np
+import tqdm
+
+from resnet_jax.data.sources import Dataset
+from resnet_jax.errors import UsageError
+
+VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+TRAIN, VALIDATION, KIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
+_TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
+# The same as one class (its WordNet id) a line, in the order of the images, and as Kaggle hands it out.
+_SYNSETS = ("imagenet_2012_validation_synset_labels.txt", "ILSVRC2012_validation_synset_labels.txt")
+_KAGGLE = "LOC_val_solution.csv"
+
+
+class Members:
+    """Images inside a tar file, read by their place in it: ``Examples``."""
+
+    def __init__(self, path: pathlib.Path, members: Sequence[tuple[str, int, int, int]]):
+        """Takes each member as (name, offset and length in bytes, label)."""
+        self._path = path
+        self._names = [member[0] for member in members]
+        self._places = np.array([member[1:3] for member in members], np.int64).reshape(-1, 2)
+        self.labels = np.array([member[3] for member in members], np.int32)
+        self._size = path.stat().st_size
+        self._open = threading.Lock()
+        self._file: int | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_file": None, "_open": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state | {"_open": threading.Lock()})
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[bytes, int]:
+        with self._open:
+            if self._file is None:
+                self._file = os.open(self._path, os.O_RDONLY)
+        offset, length = map(int, self._places[i])
+        return os.pread(self._file, length, offset), int(self.labels[i])
+
+    def __del__(self):
+        if self._file is not None:
+            os.close(self._file)
+
+    def where(self, i: int) -> str:
+        return f"{self._path}: {self._names[i]}"
+
+    def fingerprint(self, stamps: bool) -> str:
+        del stamps
+        return f"{self._path} {self._size} {len(self)}"
+
+
+def open_archives(folder: str) -> Dataset:
+    """Lists the two tar files in ``folder``, which takes a minute or two for all of ImageNet; reads no image.
+
+    Raises:
+      UsageError: one of them or the labels are missing, or damaged.
+    """
+    if not folder:
+        raise UsageError(f"data.source=ilsvrc needs data.dir, the folder with {TRAIN}, {VALIDATION} and {KIT}")
+    root = pathlib.Path(folder).expanduser().resolve()
+    for name in (TRAIN, VALIDATION):
+        if not (root / name).is_file():
+            raise UsageError(f"data.dir={folder}: no {name} in it")
+    train, classes = [], []
+    inner = _list_tar(root / TRAIN)
+    for name, offset, length in tqdm.tqdm(inner, f"listing {TRAIN}", disable=not sys.stderr.isatty(), leave=False):
+        classes.append(name.removesuffix(".tar"))
+        train += [
+            (f"{name}/{image}", *place, len(classes) - 1) for image, *place in _list_tar(root / TRAIN, offset, length)
+        ]
+    numbers = {wnid: i for i, wnid in enumerate(classes)}
+    images = _list_tar(root / VALIDATION)
+    labels = validation_labels((root,), [name for name, *_ in images])
+    for (name, *_), wnid in zip(images, labels, strict=True):
+        if wnid not in numbers:
+            raise UsageError(f"{root / VALIDATION}: {name} is of class {wnid!r}, which {TRAIN} has not")
+    test = [(*image, numbers[wnid]) for image, wnid in zip(images, labels, strict=True)]
+    return Dataset(Members(root / TRAIN, train), Members(root / VALIDATION, test), tuple(classes))
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as a file: a tar within a tar."""
+
+    def __init__(self, file, start: int, length: int):
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._length - self._at)
+        self._file.seek(self._start + self._at)
+        content = self._file.read(left if size < 0 else min(size, left))
+        self._at += len(content)
+        return content
+
+
+def _list_tar(path: pathlib.Path, start: int = 0, length: int | None = None) -> list[tuple[str, int, int]]:
+    """(base name, offset in ``path``, length) of the files in a tar file or a part of one, sorted by name."""
+    try:
+        with path.open("rb") as file:
+            whole = path.stat().st_size
+            part = _Part(file, start, whole if length is None else length)
+            with tarfile.open(fileobj=part, mode="r:") as tar:
+                found = [
+                    (os.path.basename(member.name), start + member.offset_data, member.size)
+                    for member in tar
+                    if member.isfile()
+                ]
+    except (tarfile.TarError, OSError) as error:
+        raise UsageError(f"{path}: a damaged archive ({error})") from error
+    for name, offset, size in found:
+        if offset + size > whole:
+            raise UsageError(f"{path}: cut short, {name} is not all there")
+    if not found:
+        raise UsageError(f"{path}: no files in it")
+    return sorted(found)
+
+
+def validation_labels(folders: Iterable[pathlib.Path], names: Sequence[str]) -> list[str]:
+    """The class (WordNet id, as ``n01440764``) of validation images by their names.
+
+    Args:
+      folders: where the development kit is looked for, packed or not, or a list made of it: one class a line, or
+        Kaggle's ``LOC_val_solution.csv``.
+      names: as ``ILSVRC2012_val_00000001.JPEG``.
+
+    Raises:
+      UsageError: no labels found, or they don't cover the images.
+    """
+    places = [place for folder in folders for place in (folder, folder / "ILSVRC2012_devkit_t12/data", folder / "data")]
+    by_number = _find_labels(places)
+    if by_number is None:
+        raise UsageError(f"{places[0]}: the validation images' labels are missing; put {KIT} there (or {_SYNSETS[0]},"
+                         f" or {_KAGGLE})")  # fmt: skip
+    labels = []
+    for name in names:
+        match = VALIDATION_NAME.fullmatch(name)
+        number = int(match[1]) if match else 0
+        if number not in by_number:
+            raise UsageError(f"{places[0]}: the labels have none for {name}")
+        labels.append(by_number[number])
+    return labels
+
+
+def _find_labels(places: Sequence[pathlib.Path]) -> dict[int, str] | None:
+    """Image number (from 1) -> WordNet id, from the first of the known files there is."""
+    for place in places:
+        if (place / _TRUTH).is_file() and (place / _META).is_file():
+            return _from_kit((place / _TRUTH).read_bytes(), (place / _META).read_bytes())
+        if (place / KIT).is_file():
+            with tarfile.open(place / KIT) as tar:
+                content = {os.path.basename(member.name): member for member in tar if member.isfile()}
+                return _from_kit(*(tar.extractfile(content[name]).read() for name in (_TRUTH, _META)))
+        for name in _SYNSETS:
+            if (place / name).is_file():
+                return dict(enumerate((place / name).read_text().split(), start=1))
+        if (place / _KAGGLE).is_file():
+            with (place / _KAGGLE).open(newline="") as file:
+                rows = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+            return {int(image.rsplit("_", 1)[-1]): wnid for image, wnid in rows.items()}
+    return None
+
+
+def _from_kit(truth: bytes, meta: bytes) -> dict[int, str]:
+    from scipy.io import loadmat  # It comes with JAX.
+
+    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+    wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in np.atleast_1d(synsets)}
+    return {number: wnids[int(line)] for number, line in enumerate(truth.decode().split(), start=1)}

@@ -1,0 +1,221 @@
+"""Data that is read as training goes: encoded examples -> crops -> batches of uint8, by Grain's workers.
+
+Every pixel follows from (seed, epoch, example) and every batch from the step's number, so neither the number of
+workers nor of hosts changes what is learnt, and there is no state to save.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import itertools
+import mmap
+from typing import Any, Protocol
+
+from absl import flags, logging
+import grain
+import numpy as np
+
+from resnet_jax.data.crops import Views, example_uniforms
+from resnet_jax.data.decode import BrokenImage
+from resnet_jax.data.order import Order
+from resnet_jax.errors import UsageError
+
+Batch = dict[str, np.ndarray]
+# Examples that a worker reads at a time: enough to make its own costs small, few enough to share a batch out.
+_PIECE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """This process's rows of each global batch, and how they are shared out to workers.
+
+    Attributes:
+      batch: examples of a global batch.
+      process, processes: which part of it is ours, of how many equal ones.
+    """
+
+    batch: int
+    process: int = 0
+    processes: int = 1
+
+    @property
+    def own(self) -> slice:
+        """Our rows of the global batch."""
+        count = self.batch // self.processes
+        return slice(self.process * count, (self.process + 1) * count)
+
+    @property
+    def pieces(self) -> int:
+        """Into how many equal pieces our rows are cut."""
+        count = self.batch // self.processes
+        return next(parts for parts in range(1, count + 1) if count % parts == 0 and count // parts <= _PIECE)
+
+    def cut(self, values: np.ndarray, piece: int) -> np.ndarray:
+        """Piece ``piece`` of our rows of the global ``values``."""
+        return np.array_split(values[self.own], self.pieces)[piece]
+
+
+class Plan(Protocol):
+    """Which examples make up the pieces of batches."""
+
+    rows: Rows
+
+    def piece(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Index and epoch of each example of a piece, pieces counted from step 0; an index of -1 is padding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """Steps of training, in the order that follows from the seed."""
+
+    order: Order
+    rows: Rows
+
+    def piece(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        step, piece = divmod(number, self.rows.pieces)
+        batch = self.order.batch(step, self.rows.batch)
+        return self.rows.cut(batch["index"], piece), self.rows.cut(batch["epoch"], piece)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationPlan:
+    """Every example once, in the data set's own order; the last batch is filled up with padding."""
+
+    examples: int
+    rows: Rows
+
+    def piece(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        step, piece = divmod(number, self.rows.pieces)
+        index = np.arange(step * self.rows.batch, (step + 1) * self.rows.batch, dtype=np.int32)
+        index[index >= self.examples] = -1
+        index = self.rows.cut(index, piece)
+        return index, np.zeros_like(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Reads pieces of batches; what Grain's workers call.
+
+    Attributes:
+      views: the examples' pixels.
+      plan: which examples are wanted.
+      seed: of the crops.
+      broken: what an unreadable image does: ``raise``; ``replace`` it by the next example that can be read, so that
+        a training batch stays full; or ``mask`` it, so that it is not evaluated.
+    """
+
+    views: Views
+    plan: Plan
+    seed: int
+    broken: str
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Piece ``number``: ``images`` uint8 [n, size, size, 3], ``labels``, ``index`` and ``epoch`` int32 [n],
+        ``valid`` bool [n], and ``broken``, a string for each example that could not be read.
+        """  # fmt: skip
+        index, epoch = self.plan.piece(number)
+        index, examples, size = index.copy(), self.views.examples, self.views.crop.size
+        # Pages of its own, which go back when it is let go of; malloc would keep the largest batch of each thread.
+        memory = mmap.mmap(-1, len(index) * size * size * 3)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        images = np.ndarray((len(index), size, size, 3), np.uint8, memory)
+        labels, valid, broken = np.zeros(len(index), np.int32), index >= 0, []
+        for row in np.flatnonzero(valid):
+            for attempt in itertools.count(1):
+                i = int(index[row])
+                uniforms = example_uniforms(self.seed, int(epoch[row]), i, self.views.crop.draws)
+                try:
+                    images[row], labels[row] = self.views(i, uniforms)
+                    break
+                except (OSError, BrokenImage) as error:
+                    text = f"{examples.where(i)}: not a readable image ({_reason(error)})"
+                    if self.broken == "raise" or attempt == len(examples):
+                        hint = "" if attempt > 1 else "; data.on_error=skip leaves such images out"
+                        raise UsageError(text + hint) from None
+                    broken.append(text)
+                    if self.broken == "mask":
+                        valid[row] = False
+                        break
+                    index[row] = (i + 1) % len(examples)
+        return {
+            "images": images, "labels": labels, "index": index, "epoch": epoch, "valid": valid, "broken": tuple(broken),
+        }  # fmt: skip
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+class Batches:
+    """This process's part of the batches ``first`` to ``end`` - 1, as NumPy arrays.
+
+    Iterating raises a UsageError for an image that can't be read, and for a worker that was killed.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        first: int,
+        end: int,
+        workers: int,
+        processes: bool,
+        broken: set[str] | None = None,
+        without: str = "",
+    ):
+        """Starts to read.
+
+        Args:
+          reader: what reads.
+          first: the first batch.
+          end: the one after the last.
+          workers: how many read at a time; 0 reads when a batch is asked for.
+          processes: whether they are processes; else threads.
+          broken: takes what could not be read, and why.
+          without: an array of a batch that nobody needs.
+        """
+        self._without = without
+        self.broken: set[str] = set() if broken is None else broken
+        self._pieces = reader.plan.rows.pieces
+        numbers = grain.MapDataset.range(first * self._pieces, end * self._pieces)
+        dataset = numbers.map(reader)
+        if not workers or processes:
+            dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+            if workers:
+                if not flags.FLAGS.is_parsed():  # Grain asks for its flags, which a notebook or a test has not parsed.
+                    flags.FLAGS.mark_as_parsed()
+                dataset = dataset.mp_prefetch(
+                    grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+                )
+        else:
+            ahead = max(workers, self._pieces)  # Beyond the piece that is waited for.
+            dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=workers, prefetch_buffer_size=ahead))
+        self._iterator = iter(dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            pieces = list(itertools.islice(self._iterator, self._pieces))
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise UsageError(
+                "a process that reads data was killed (out of memory?); fewer data.workers need less, and"
+                " data.worker_type=thread needs no processes"
+            ) from error
+        if not pieces:
+            raise StopIteration
+        for piece in pieces:
+            for text in piece.pop("broken"):
+                if text not in self.broken:
+                    logging.warning("left out: %s", text)
+                    self.broken.add(text)
+            piece.pop(self._without, None)
+        if len(pieces) == 1:
+            return pieces[0]
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def close(self) -> None:
+        """Stops the workers."""
+        self._iterator.close()
