@@ -101,8 +101,8 @@ class Classification:
         return state.replace(**distributed.replicate(self._mesh, weights), average=average)
 
     @property
-    def broken(self) -> set[str]:
-        return set().union(*(feed.broken for feed in self._feeds.values()))
+    def broken(self) -> dict[str, str]:
+        return {where: reason for feed in self._feeds.values() for where, reason in feed.broken.items()}
 
     def batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
         return self._feeds["train"].training(self._config.seed, self._config.batch_size, first_step, self.total_steps)

@@ -80,12 +80,12 @@ def open_prepared(folder: str) -> Dataset:
     try:
         index = json.loads((root / INDEX).read_text())
         parts = [Shards(root, index["splits"][split]) for split in ("train", "test")]
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        statistics = None
+        if index["mean"]:
+            image = np.load(root / MEAN)
+            statistics = Statistics(image, np.array(index["mean"], np.float32), np.array(index["std"], np.float32))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UsageError(f"data.dir={folder}: no folder that python -m resnet_jax.prepare wrote ({error})") from error
-    statistics = None
-    if index["mean"]:
-        image = np.load(root / MEAN)
-        statistics = Statistics(image, np.array(index["mean"], np.float32), np.array(index["std"], np.float32))
     return Dataset(*parts, tuple(index["classes"]), statistics)
 
 
@@ -113,6 +113,9 @@ def write(
     Raises:
       UsageError: a broken image, or the folder holds something else.
     """
+    for split, part in (("training", dataset.train), ("test", dataset.test)):
+        if not len(part):
+            raise UsageError(f"the {split} set has no images")
     unfinished = folder / _UNFINISHED
     tasks = [
         (name, part, start, stop, mean if split == "train" else None)

@@ -26,6 +26,11 @@ class Budget:
             self.left -= size
             return True
 
+    def give_back(self, size: int) -> None:
+        """Gives ``size`` bytes back."""
+        with self._lock:
+            self.left += size
+
 
 class CachedViews(Views):
     """Views of examples, each remembered once it was read, while the budget lasts. For threads alone.
@@ -66,8 +71,9 @@ class CachedViews(Views):
         if known is None:
             content, label = self.examples[i]
             known = (self._decode(content) if self.decodes else content), label
-            if self._budget.take(_bytes(known[0])):
-                self._kept[i] = known
+            # Another thread may have kept it meanwhile.
+            if self._budget.take(_bytes(known[0])) and self._kept.setdefault(i, known) is not known:
+                self._budget.give_back(_bytes(known[0]))
         value, label = known
         done = self.decodes and not self.crop.draws
         return (value if done else self.crop(value, uniforms)), label

@@ -6,7 +6,7 @@ import warnings
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 import simplejpeg
 
 cv2.setNumThreads(0)  # Readers run in parallel; threads of OpenCV's own would only get in their way.
@@ -51,6 +51,8 @@ def decode(content: bytes, scale: int = 1) -> np.ndarray:
             flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
             pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
         return _decode_with_pillow(content, scale) if pixels is None else pixels
+    except UnidentifiedImageError as error:  # Its text has an address in memory.
+        raise BrokenImage("no JPEG, PNG, WebP, BMP or GIF") from error
     except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError, cv2.error) as error:
         raise BrokenImage(" ".join(str(error).split()) or type(error).__name__) from error
 

@@ -39,14 +39,14 @@ class Feed(Protocol):
       resident: arrays on the devices that every step reads: ``mean`` and ``std``, and the split's ``images`` and
         ``labels`` where they lie there.
       inputs: what of an evaluation batch goes to the devices.
-      broken: what could not be read so far, and why.
+      broken: what could not be read so far: where -> why.
     """
 
     examples: int
     image_shape: tuple[int, int, int]
     resident: dict[str, jax.Array]
     inputs: tuple[str, ...]
-    broken: set[str]
+    broken: dict[str, str]
 
     def training(self, seed: int, batch: int, first: int, end: int) -> Iterator[Batch]:
         """This process's part of the batches ``first`` to ``end`` - 1: ``index`` and ``epoch``, int32 [n], and
@@ -68,7 +68,7 @@ class ResidentFeed:
         self.examples, self.image_shape = len(images), images.images.shape[1:]
         arrays = {"images": images.images, "labels": images.labels} | statistics
         self.resident = distributed.replicate(mesh, arrays)
-        self.broken: set[str] = set()
+        self.broken: dict[str, str] = {}
         self._labels = images.labels
 
     def training(self, seed: int, batch: int, first: int, end: int) -> Iterator[Batch]:
@@ -92,7 +92,7 @@ class StreamFeed:
         self.examples = len(views.examples)
         self.image_shape = (views.crop.size, views.crop.size, 3)
         self.resident = resident
-        self.broken: set[str] = set()
+        self.broken: dict[str, str] = {}
         self._views, self._data = views, data
 
     def _reader(self, plan: TrainingPlan | EvaluationPlan, seed: int, broken: str) -> Reader:

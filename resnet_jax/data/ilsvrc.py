@@ -13,6 +13,7 @@ import re
 import sys
 import tarfile
 import threading
+import zlib
 
 import numpy as np
 import tqdm
@@ -26,6 +27,8 @@ _TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 # The same as one class (its WordNet id) a line, in the order of the images, and as Kaggle hands it out.
 _SYNSETS = ("imagenet_2012_validation_synset_labels.txt", "ILSVRC2012_validation_synset_labels.txt")
 _KAGGLE = "LOC_val_solution.csv"
+# A tar file ends with two blocks of zeros, and more to fill a record up, bytes.
+_LONGEST_END = 1024 + 10_240
 
 
 class Members:
@@ -33,13 +36,13 @@ class Members:
 
     def __init__(self, path: pathlib.Path, members: Sequence[tuple[str, int, int, int]]):
         """Takes each member as (name, offset and length in bytes, label)."""
+        self._file: int | None = None
         self._path = path
         self._names = [member[0] for member in members]
         self._places = np.array([member[1:3] for member in members], np.int64).reshape(-1, 2)
         self.labels = np.array([member[3] for member in members], np.int32)
         self._size = path.stat().st_size
         self._open = threading.Lock()
-        self._file: int | None = None
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_file": None, "_open": None}
@@ -131,11 +134,13 @@ def _list_tar(path: pathlib.Path, start: int = 0, length: int | None = None) -> 
                     for member in tar
                     if member.isfile()
                 ]
+                # It takes whatever is no header for the end, which is a few blocks of zeros.
+                part.seek(tar.offset)
+                end = part.read(_LONGEST_END + 1)
     except (tarfile.TarError, OSError) as error:
         raise UsageError(f"{path}: a damaged archive ({error})") from error
-    for name, offset, size in found:
-        if offset + size > whole:
-            raise UsageError(f"{path}: cut short, {name} is not all there")
+    if not 512 <= len(end) <= _LONGEST_END or any(end) or any(place + size > whole for _, place, size in found):
+        raise UsageError(f"{path}: cut short or damaged after {found[-1][0] if found else 'its beginning'}")
     if not found:
         raise UsageError(f"{path}: no files in it")
     return sorted(found)
@@ -169,26 +174,46 @@ def validation_labels(folders: Iterable[pathlib.Path], names: Sequence[str]) -> 
 
 def _find_labels(places: Sequence[pathlib.Path]) -> dict[int, str] | None:
     """Image number (from 1) -> WordNet id, from the first of the known files there is."""
+    readers = {_TRUTH: _read_unpacked_kit, KIT: _read_kit, **dict.fromkeys(_SYNSETS, _read_list), _KAGGLE: _read_kaggle}
     for place in places:
-        if (place / _TRUTH).is_file() and (place / _META).is_file():
-            return _from_kit((place / _TRUTH).read_bytes(), (place / _META).read_bytes())
-        if (place / KIT).is_file():
-            with tarfile.open(place / KIT) as tar:
-                content = {os.path.basename(member.name): member for member in tar if member.isfile()}
-                return _from_kit(*(tar.extractfile(content[name]).read() for name in (_TRUTH, _META)))
-        for name in _SYNSETS:
+        for name, read in readers.items():
             if (place / name).is_file():
-                return dict(enumerate((place / name).read_text().split(), start=1))
-        if (place / _KAGGLE).is_file():
-            with (place / _KAGGLE).open(newline="") as file:
-                rows = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-            return {int(image.rsplit("_", 1)[-1]): wnid for image, wnid in rows.items()}
+                try:
+                    return read(place / name)
+                except (tarfile.TarError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
+                    reason = " ".join(str(error).split())[:100]
+                    raise UsageError(f"{place / name}: damaged, or not ILSVRC 2012's ({reason})") from error
     return None
 
 
-def _from_kit(truth: bytes, meta: bytes) -> dict[int, str]:
-    from scipy.io import loadmat  # It comes with JAX.
+def _read_list(path: pathlib.Path) -> dict[int, str]:
+    return dict(enumerate(path.read_text().split(), start=1))
 
-    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-    wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in np.atleast_1d(synsets)}
+
+def _read_kaggle(path: pathlib.Path) -> dict[int, str]:
+    with path.open(newline="") as file:
+        rows = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    return {int(image.rsplit("_", 1)[-1]): wnid for image, wnid in rows.items()}
+
+
+def _read_kit(path: pathlib.Path) -> dict[int, str]:
+    with tarfile.open(path) as tar:
+        members = {os.path.basename(member.name): member for member in tar if member.isfile()}
+        return _join_kit(*(tar.extractfile(members[name]).read() for name in (_TRUTH, _META)))
+
+
+def _read_unpacked_kit(path: pathlib.Path) -> dict[int, str]:
+    return _join_kit(path.read_bytes(), path.with_name(_META).read_bytes())
+
+
+def _join_kit(truth: bytes, meta: bytes) -> dict[int, str]:
+    """The classes of the images, from their numbers in the kit and its table of those numbers."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
+    except (MatReadError, NotImplementedError, zlib.error) as error:
+        raise ValueError(f"{_META}: {error}") from error
+    wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
     return {number: wnids[int(line)] for number, line in enumerate(truth.decode().split(), start=1)}

@@ -69,7 +69,9 @@ def open_folder(folder: str, labels: str) -> Dataset:
     root = pathlib.Path(folder).expanduser().resolve()
     if not root.is_dir():
         raise UsageError(f"data.dir={folder}: no such folder")
-    test_name = "test" if (root / "test").is_dir() else "val"
+    # Of ImageNet's test set there are images but no labels, and so no class folders.
+    labelled = (root / "test").is_dir() and (not (root / "val").is_dir() or _subfolders(root / "test"))
+    test_name = "test" if labelled else "val"
     for part in ("train", test_name):
         if not (root / part).is_dir():
             wanted = "train" if part == "train" else "test or val"
@@ -139,14 +141,18 @@ def _list(folder: pathlib.Path, classes: tuple[str, ...]) -> Files:
 def _walk(folder: bytes, below: bytes) -> Iterator[bytes]:
     """Paths of the image files in a folder and its subfolders, ``below`` before them."""
     extensions = tuple(extension.encode() for extension in EXTENSIONS)
-    for entry in os.scandir(folder):
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:  # Links that go round in circles too.
+        raise UsageError(f"{os.fsdecode(folder)}: not readable ({error.strerror})") from error
+    for entry in entries:
         if entry.name.startswith(b"."):
             continue
         path = os.path.join(below, entry.name)
-        if entry.name.lower().endswith(extensions):
-            yield path
-        elif entry.is_dir():
+        if entry.is_dir():
             yield from _walk(entry.path, path)
+        elif entry.name.lower().endswith(extensions):
+            yield path
 
 
 def _flat_validation(root: pathlib.Path, folder: pathlib.Path, classes: tuple[str, ...]) -> Files | None:
@@ -156,7 +162,8 @@ def _flat_validation(root: pathlib.Path, folder: pathlib.Path, classes: tuple[st
     )
     if not names:
         return None
-    labels = ilsvrc.validation_labels((root, folder), names)
+    # Kaggle's table of them lies three folders above its Data/CLS-LOC.
+    labels = ilsvrc.validation_labels((root, folder, *root.parents[:3]), names)
     number = {name: i for i, name in enumerate(classes)}
     for name, wnid in zip(names, labels, strict=True):
         if wnid not in number:

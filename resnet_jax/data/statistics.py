@@ -82,7 +82,7 @@ def training_statistics(
     Raises:
       UsageError: a broken image.
     """
-    key = repr((view, examples.fingerprint(stamps=False)))
+    key = repr((view, skip_broken, examples.fingerprint(stamps=False)))
     path = cache / f"mean-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     try:
         with np.load(path) as stored:
@@ -98,7 +98,8 @@ def training_statistics(
                 sums.add(view(examples[i][0], None))
             except (OSError, BrokenImage) as error:
                 if not skip_broken:
-                    raise UsageError(f"{examples.where(i)}: not a readable image ({error})") from error
+                    raise UsageError(f"{examples.where(i)}: not a readable image ({error});"
+                                     " data.on_error=skip leaves such images out") from error  # fmt: skip
         return sums
 
     sums, starts = Sums(), range(0, len(examples), _PART)
@@ -110,6 +111,8 @@ def training_statistics(
         except BaseException:  # Ctrl-C too: many parts may be waiting.
             pool.shutdown(cancel_futures=True)
             raise
+    if sums.count < len(examples):
+        print(f"left {len(examples) - sums.count} images out of the mean that can't be read", flush=True)
     if not sums.count:
         raise UsageError("none of the training images can be read")
     statistics = sums.statistics()

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import dataclasses
 import itertools
 import mmap
+import os
+import signal
 from typing import Any, Protocol
 
 from absl import flags, logging
@@ -22,6 +24,8 @@ from resnet_jax.errors import UsageError
 Batch = dict[str, np.ndarray]
 # Examples that a worker reads at a time: enough to make its own costs small, few enough to share a batch out.
 _PIECE = 128
+# So many unreadable images one after another are no accident, but a disk that is gone.
+_IN_A_ROW = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +49,9 @@ class Rows:
 
     @property
     def pieces(self) -> int:
-        """Into how many equal pieces our rows are cut."""
+        """Into how many pieces of about the same size our rows are cut."""
         count = self.batch // self.processes
-        return next(parts for parts in range(1, count + 1) if count % parts == 0 and count // parts <= _PIECE)
+        return -(-count // _PIECE)
 
     def cut(self, values: np.ndarray, piece: int) -> np.ndarray:
         """Piece ``piece`` of our rows of the global ``values``."""
@@ -110,7 +114,7 @@ class Reader:
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Piece ``number``: ``images`` uint8 [n, size, size, 3], ``labels``, ``index`` and ``epoch`` int32 [n],
-        ``valid`` bool [n], and ``broken``, a string for each example that could not be read.
+        ``valid`` bool [n], and ``broken``, where and why, of each example that could not be read.
         """  # fmt: skip
         index, epoch = self.plan.piece(number)
         index, examples, size = index.copy(), self.views.examples, self.views.crop.size
@@ -128,11 +132,13 @@ class Reader:
                     images[row], labels[row] = self.views(i, uniforms)
                     break
                 except (OSError, BrokenImage) as error:
-                    text = f"{examples.where(i)}: not a readable image ({_reason(error)})"
-                    if self.broken == "raise" or attempt == len(examples):
-                        hint = "" if attempt > 1 else "; data.on_error=skip leaves such images out"
-                        raise UsageError(text + hint) from None
-                    broken.append(text)
+                    text = f"not a readable image ({getattr(error, 'strerror', None) or error})"
+                    if self.broken == "raise":
+                        hint = "data.on_error=skip leaves such images out"
+                        raise UsageError(f"{examples.where(i)}: {text}; {hint}") from None
+                    if attempt == min(len(examples), _IN_A_ROW):
+                        raise UsageError(f"{examples.where(i)}: {text}, nor are {attempt - 1} before it") from None
+                    broken.append((examples.where(i), text))
                     if self.broken == "mask":
                         valid[row] = False
                         break
@@ -142,8 +148,10 @@ class Reader:
         }  # fmt: skip
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+def _leave_interrupts(worker: int, workers: int) -> None:
+    """Ctrl-C reaches workers too; the process that trains decides what it means."""
+    del worker, workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Batches:
@@ -159,7 +167,7 @@ class Batches:
         end: int,
         workers: int,
         processes: bool,
-        broken: set[str] | None = None,
+        broken: dict[str, str] | None = None,
         without: str = "",
     ):
         """Starts to read.
@@ -170,11 +178,11 @@ class Batches:
           end: the one after the last.
           workers: how many read at a time; 0 reads when a batch is asked for.
           processes: whether they are processes; else threads.
-          broken: takes what could not be read, and why.
+          broken: takes what could not be read: where -> why.
           without: an array of a batch that nobody needs.
         """
         self._without = without
-        self.broken: set[str] = set() if broken is None else broken
+        self.broken: dict[str, str] = {} if broken is None else broken
         self._pieces = reader.plan.rows.pieces
         numbers = grain.MapDataset.range(first * self._pieces, end * self._pieces)
         dataset = numbers.map(reader)
@@ -183,9 +191,10 @@ class Batches:
             if workers:
                 if not flags.FLAGS.is_parsed():  # Grain asks for its flags, which a notebook or a test has not parsed.
                     flags.FLAGS.mark_as_parsed()
-                dataset = dataset.mp_prefetch(
-                    grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-                )
+                # Batches that nobody took are cleaned up at the end; nobody needs to be told.
+                os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+                options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+                dataset = dataset.mp_prefetch(options, _leave_interrupts)
         else:
             ahead = max(workers, self._pieces)  # Beyond the piece that is waited for.
             dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=workers, prefetch_buffer_size=ahead))
@@ -207,10 +216,10 @@ class Batches:
         if not pieces:
             raise StopIteration
         for piece in pieces:
-            for text in piece.pop("broken"):
-                if text not in self.broken:
-                    logging.warning("left out: %s", text)
-                    self.broken.add(text)
+            for where, reason in piece.pop("broken"):
+                if where not in self.broken:
+                    logging.warning("left out %s: %s", where, reason)
+                    self.broken[where] = reason
             piece.pop(self._without, None)
         if len(pieces) == 1:
             return pieces[0]

@@ -32,7 +32,12 @@ class Prepared:
         return len(self._source)
 
     def __getitem__(self, i: int) -> tuple[bytes, int]:
-        example = self._source[i]
+        try:
+            example = self._source[i]
+        except RuntimeError as error:  # What the reader of a damaged or missing shard raises.
+            raise OSError(f"damaged record ({' '.join(str(error).split())[:100]})") from error
+        if example[self._image] is None or example[self._label] is None:
+            raise OSError("damaged record")
         return example[self._image], int(example[self._label])
 
     def where(self, i: int) -> str:
@@ -79,12 +84,15 @@ def open_builder(name: str, folder: str, train_split: str, test_split: str) -> D
     splits, features = builder.info.splits, builder.info.features
     test_split = test_split or next((split for split in ("test", "validation") if split in splits), "test")
     image, label = builder.info.supervised_keys or ("image", "label")
-    if not isinstance(features.get(image), tfds.features.Image):
+    if not (image in features and isinstance(features[image], tfds.features.Image)):
         raise UsageError(f"data.name={name}: no image classification, its feature {image!r} is no image")
-    if not isinstance(features.get(label), tfds.features.ClassLabel):
+    if not (label in features and isinstance(features[label], tfds.features.ClassLabel)):
         raise UsageError(f"data.name={name}: no image classification, its feature {label!r} is no class label")
+    parts = []
     for split in (train_split, test_split):
-        if split.split("[")[0].split("+")[0] not in splits:
-            raise UsageError(f"data.name={name}: no split {split!r}; it has {', '.join(splits)}")
-    parts = (Prepared(path, split, image, label) for split in (train_split, test_split))
+        try:
+            parts.append(Prepared(path, split, image, label))
+        except (ValueError, KeyError, AssertionError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(f"data.name={name}: no split {split!r}; it has {', '.join(splits)} ({reason})") from error
     return Dataset(*parts, tuple(features[label].names))

@@ -168,7 +168,9 @@ class Training:
             if step:
                 self._save(state, step, record)
                 self._checkpoints.wait()
-            if isinstance(reason, UsageError):  # Of the data: what is trained so far is none the worse.
+            if (
+                isinstance(reason, UsageError) and stop.received is None
+            ):  # Of the data: what is trained so far is none the worse.
                 self._console.line(f"saved at step {step}" if step else "nothing was trained yet")
                 raise
             self._console.line(f"stopped by {stop.received.name} and saved at step {step}; the same command resumes")

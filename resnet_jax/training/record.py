@@ -100,9 +100,10 @@ class Window:
         """Wraps what waits for data; it counts where the devices had done all that they were given meanwhile."""
         begun = time.monotonic()
         yield
+        spent = time.monotonic() - begun
         idle = not self._pending or self._pending[-1]["loss"].is_ready()
         if self._clock is not None and idle:
-            self._waited += time.monotonic() - begun
+            self._waited += spent
 
     def wait_for_all_but(self, dispatches: int) -> None:
         """Waits until at most so many dispatches are not done."""

@@ -40,10 +40,10 @@ class StopSignal:
 
     def poll(self) -> None:
         """Raises ``Stopped`` when asked to stop, or the error that asks for it."""
+        if self.received is not None:  # First: who stops a job signals its data workers too.
+            raise Stopped
         if self.error is not None:
             raise self.error
-        if self.received is not None:
-            raise Stopped
 
     @property
     def exit_status(self) -> int:

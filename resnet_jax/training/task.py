@@ -34,7 +34,7 @@ class Task(Protocol):
       examples_per_epoch: length of the training set.
       resident: arrays on the devices that every step reads and none changes.
       streams: whether batches bring data from files, so that steps may have to wait for it.
-      broken: examples that could not be read so far and were left out, and why.
+      broken: examples that could not be read so far and were left out: where -> why.
       validation: the split that ``eval.every`` looks at; ``test`` unless examples are held out.
       objective: the metric that decides what is best, and whose rise or fall the plateau rule watches; less is better.
     """
@@ -46,7 +46,7 @@ class Task(Protocol):
     examples_per_epoch: int
     resident: dict[str, jax.Array]
     streams: bool
-    broken: set[str]
+    broken: dict[str, str]
     validation: str
     objective: str
 

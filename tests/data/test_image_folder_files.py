@@ -68,12 +68,18 @@ def test_images_in_nested_folders_are_of_the_topmost_folders_class(folder):
 
 
 def test_classes_and_files_are_sorted_however_the_disk_lists_them(tmp_path, monkeypatch):
-    names = [f"{part}/{name}/{i}.png" for part in ("train", "test") for name in ("bee", "Zebra", "ant") for i in (10, 9)]
+    names = [
+        f"{part}/{name}/{i}.png" for part in ("train", "test") for name in ("bee", "Zebra", "ant") for i in (10, 9)
+    ]
     write_pictures(tmp_path, *names)
     scandir, found = os.scandir, []
-    for order in (sorted, lambda entries, key: sorted(entries, key=key, reverse=True)):
+    for backwards in (False, True):
+
+        def listing(path, backwards=backwards):
+            return sorted(scandir(path), key=lambda entry: entry.name, reverse=backwards)
+
         with monkeypatch.context() as context:
-            context.setattr(image_folder.os, "scandir", lambda path: order(scandir(path), key=lambda entry: entry.name))
+            context.setattr(image_folder.os, "scandir", listing)
             data = open_folder(str(tmp_path), "")
         found.append((data.classes, listed(data.train, tmp_path), listed(data.test, tmp_path)))
     classes, train, test = found[0]
@@ -86,7 +92,9 @@ def test_classes_and_files_are_sorted_however_the_disk_lists_them(tmp_path, monk
 
 def test_hidden_and_foreign_files_are_no_images(folder):
     before = listed(open_folder(str(folder), "").train, folder)
-    write_pictures(folder, "train/ant/._0.png", "train/ant/.thumbnails/0.png", "train/.checkpoints/0.png", "train/x.png")
+    write_pictures(
+        folder, "train/ant/._0.png", "train/ant/.thumbnails/0.png", "train/.checkpoints/0.png", "train/x.png"
+    )
     for name in ("notes.txt", "0.png.part", "png", "Thumbs.db", "1.tif"):
         (folder / "train/ant" / name).write_text("no image")
     data = open_folder(str(folder), "")
@@ -268,7 +276,7 @@ def test_a_validation_image_of_a_class_without_training_images_is_named(tmp_path
 
 def cut(root: pathlib.Path, name: str) -> None:
     path = root / name
-    path.write_bytes(path.read_bytes()[:-20])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize(

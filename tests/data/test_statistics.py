@@ -82,15 +82,17 @@ def test_images_of_one_colour_have_no_nan_for_a_deviation(tmp_path):
 
 
 def test_sums_of_more_than_32_bits_are_exact():
-    white = np.full((2, 2, 3), 255, np.uint8)
+    image = np.zeros((2, 2, 3), np.uint8)
+    image[0] = 255
     sums = Sums()
-    sums.add(white)
-    for _ in range(30):  # 2^30 white images.
+    sums.add(image)
+    for _ in range(30):  # 2^30 images, half of whose pixels are white.
         sums.merge(sums)
     found = sums.statistics()
     assert sums.count == 2**30
-    np.testing.assert_array_equal(found.image, np.ones((2, 2, 3), np.float32))
-    np.testing.assert_array_equal(found.mean, np.ones(3, np.float32))
+    np.testing.assert_array_equal(found.image, image / np.float32(255))
+    np.testing.assert_array_equal(found.mean, np.full(3, 0.5, np.float32))
+    np.testing.assert_allclose(found.std, np.full(3, 0.5), rtol=1e-6)
 
 
 def test_the_second_time_no_example_is_read(tmp_path):

@@ -190,7 +190,7 @@ def test_a_window_gives_back_every_step_of_single_and_of_joint_dispatches():
     window.add({"loss": jnp.float32(1), "gradient_norm": jnp.float32(10)}, 1)
     window.add({"loss": jnp.array([2.0, 3.0]), "gradient_norm": jnp.array([20.0, 30.0])}, 2)
     window.add({"loss": jnp.float32(4), "gradient_norm": jnp.float32(40)}, 1)
-    per_step, _, _ = window.take()
+    per_step, *_ = window.take()
     assert per_step == [{"loss": float(i), "gradient_norm": 10.0 * i} for i in (1, 2, 3, 4)]
     assert window.take()[0] == []
 
@@ -201,7 +201,7 @@ def test_the_first_bad_step_of_a_joint_dispatch_is_found():
     window.add(
         {"loss": losses, "gradient_norm": jnp.ones(3), "weight_norm": jnp.ones(3), "learning_rate": jnp.ones(3)}, 3
     )
-    per_step, _, _ = window.take()
+    per_step, *_ = window.take()
     with pytest.raises(Diverged) as error:
         for number, values in enumerate(per_step, start=8):
             record.take_in(number, 0, values)
@@ -222,11 +222,11 @@ def test_a_window_times_steps_without_those_that_compile_and_without_pauses(monk
     dispatch(one, 1)
     dispatch(five, 5)  # stops at 107 for another compilation, and goes on at 150.
     dispatch(five, 5)
-    assert window.take()[1:] == (7.0 + 10.0, 1 + 5)  # At 160.
+    assert window.take()[1:3] == (7.0 + 10.0, 1 + 5)  # At 160.
     window.pause()  # An evaluation.
     dispatch(one, 1)  # The clock goes on at 500.
     dispatch(one, 1)
-    assert window.take()[1:] == (4.0, 2)
+    assert window.take()[1:3] == (4.0, 2)
 
 
 def test_speed_is_timed_steps_over_their_seconds():
@@ -265,3 +265,30 @@ def test_the_console_prints_a_line_with_loss_error_rate_speed_and_time_left(caps
     console.close()
     out = capsys.readouterr().out.strip()
     assert out == "step 100/1000  epoch 2.5  loss 1.2346  error 45.68%  rate 0.1  12,346 images/s  ETA 1:00:00"
+
+
+class OnDevice:
+    """A metric that a device is still computing, or not."""
+
+    def __init__(self, ready: bool):
+        self.ready = ready
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+    def block_until_ready(self) -> "OnDevice":
+        return self
+
+
+@pytest.mark.parametrize(("ready", "waited"), [(True, 3.0), (False, 0.0)])
+def test_waiting_for_data_counts_only_where_the_device_has_nothing_to_do(ready, waited, monkeypatch):
+    clock = iter([100.0, 102.0, 105.0, 110.0, 110.0])
+    monkeypatch.setattr(record_lib, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(record_lib.jax, "device_get", lambda pending: [{"loss": 0.0} for _ in pending])
+    window = Window()
+    window.start(1)
+    window.add({"loss": OnDevice(True)}, 1)  # Compiles; the clock starts behind it, at 100.
+    window._pending = [{"loss": OnDevice(ready)}]
+    with window.waiting():  # From 102 to 105.
+        pass
+    assert window.take()[1:] == (10.0, 0, waited)
