@@ -102,10 +102,12 @@ class ScaleCrop:
     def __call__(self, image: Encoded, uniforms: np.ndarray) -> np.ndarray:
         shorter = self.shorter_side(uniforms)
         shape = decode.jpeg_shape(image) if self.reduced_dct and isinstance(image, bytes) else None
-        pixels = _pixels(image, decode.jpeg_scale(min(shape), shorter) if shape else 1)
-        height, width = decode.resized_shape(*(shape or pixels.shape[:2]), shorter)
-        top, left = self.corner(height, width, uniforms)
-        return decode.resize_and_crop(pixels, height, width, top, left, self.size, self.interpolation)
+        scale = decode.jpeg_scale(min(shape), shorter) if shape else 1
+        pixels = _pixels(image, scale)
+        height, width = shape or pixels.shape[:2]
+        resized = decode.resized_shape(height, width, shorter)
+        corner, extent = self.corner(*resized, uniforms), (height / scale, width / scale)
+        return decode.resize_and_crop(pixels, resized, corner, self.size, self.interpolation, extent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +164,12 @@ class InceptionCrop:
             box = self.box(*shape, uniforms)
             scale = decode.jpeg_scale(min(box[2:]), self.size)
             pixels = _pixels(image, scale)
-        top, left, height, width = (side // scale for side in box)
-        return decode.resize(pixels[top : top + height, left : left + width], self.size, self.size, self.interpolation)
+        top, left, height, width = box
+        rows, columns = (
+            slice(round(start / scale), round((start + length) / scale))
+            for start, length in ((top, height), (left, width))
+        )
+        return decode.resize(pixels[rows, columns], self.size, self.size, self.interpolation)
 
 
 @dataclasses.dataclass(frozen=True)

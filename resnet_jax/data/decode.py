@@ -23,6 +23,8 @@ _ANTIALIASED = {
     "area": Image.Resampling.BOX,
 }
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_LARGE = 4_000_000  # Pixels of an enlarged image of which only a part is computed: a long strip.
+_STRIP, _NEAR = 10_000, 256  # Resized pixels that may be computed in vain, and source pixels to look at then.
 _MARGIN = 3  # Pixels beside a sampling point that an interpolation may look at.
 
 
@@ -90,9 +92,10 @@ def _decode_jpeg(content: bytes, scale: int) -> np.ndarray | None:
 
 
 def _plain_png(content: bytes) -> bool:
-    """Whether it is a PNG of 8-bit grey or RGB without transparency, which OpenCV decodes exactly as Pillow."""
-    header = content[:33]  # Signature, and the chunk IHDR: width, height, depth, colour type, ...
-    return header[:8] == _PNG and header[24:25] == b"\x08" and header[25:26] in (b"\x00", b"\x02")
+    """Whether it is a PNG of 8-bit grey or RGB and no animation, which OpenCV decodes exactly as Pillow."""
+    # Signature, and the chunk IHDR: width, height, depth, colour type, ...
+    plain = content[:8] == _PNG and content[24:25] == b"\x08" and content[25:26] in (b"\x00", b"\x02")
+    return plain and content.find(b"acTL", 0, content.find(b"IDAT")) < 0
 
 
 def _decode_with_pillow(content: bytes, scale: int) -> np.ndarray:
@@ -100,7 +103,7 @@ def _decode_with_pillow(content: bytes, scale: int) -> np.ndarray:
         warnings.simplefilter("ignore")  # Of large images, odd metadata and transparency.
         with Image.open(io.BytesIO(content)) as image:
             if scale > 1:  # Of a JPEG whose header promised it.
-                image.draft("RGB", (-(-image.width // scale), -(-image.height // scale)))
+                image.draft("RGB", (max(1, image.width // scale), max(1, image.height // scale)))
             if image.mode.startswith("I"):  # 16 bits, which Pillow's conversion would cut off at 255.
                 levels = np.asarray(image, np.float32) / 257
                 return np.repeat(np.rint(levels).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
@@ -122,32 +125,48 @@ def resize(pixels: np.ndarray, height: int, width: int, interpolation: str) -> n
 
 
 def resize_and_crop(
-    pixels: np.ndarray, height: int, width: int, top: int, left: int, size: int, interpolation: str
+    pixels: np.ndarray,
+    resized: tuple[int, int],
+    corner: tuple[int, int],
+    size: int,
+    interpolation: str,
+    extent: tuple[float, float] | None = None,
 ) -> np.ndarray:
-    """Resizes uint8 [H, W, 3] to ``height`` x ``width`` (plainly) and cuts ``size`` x ``size`` out at (top, left).
+    """Resizes (plainly) and cuts out a square.
 
-    Only the pixels around the crop are resized: the sampling points stay where they are to a thousandth of a pixel.
+    Only the pixels around the crop are resized: the sampling points stay where they are to a thousandth of a pixel
+    (a hundredth in strips of many thousand pixels).
+
+    Args:
+      pixels: the image, uint8 [H, W, 3].
+      resized: its new height and width, pixels.
+      corner: top and left of the square in the resized image, pixels.
+      size: the square's side, pixels.
+      interpolation: one of ``INTERPOLATIONS``.
+      extent: height and width of the image in its own pixels, where the last ones are not whole (an odd image decoded
+        at half its size).
     """
-    rows, down, top = _window(pixels.shape[0], height, top, size)
-    columns, across, left = _window(pixels.shape[1], width, left, size)
+    height, width = extent or pixels.shape[:2]
+    rows, down, top = _window(pixels.shape[0], resized[0] / height, corner[0], size)
+    columns, across, left = _window(pixels.shape[1], resized[1] / width, corner[1], size)
     method = INTERPOLATIONS[interpolation]
-    resized = cv2.resize(pixels[rows, columns], None, fx=across, fy=down, interpolation=method)
-    return resized[top : top + size, left : left + size]
+    part = cv2.resize(pixels[rows, columns], None, fx=across, fy=down, interpolation=method)
+    return part[top : top + size, left : left + size]
 
 
-def _window(length: int, resized: int, start: int, size: int) -> tuple[slice, float, int]:
-    """The part of one axis that a crop of the resized image needs.
+def _window(length: int, factor: float, start: int, size: int) -> tuple[slice, float, int]:
+    """The part of one axis that a crop of the image resized by ``factor`` needs.
 
     Returns:
-      The part, the factor it is resized by, and where the crop starts in it then.
+      The part, the factor, and where the crop starts in the resized part.
     """
-    factor = resized / length
     # It may begin where a source pixel's edge falls on a resized pixel's: at 0, and here and there beyond.
     edges = np.arange(max(0, int(start / factor) - _MARGIN) + 1) * factor
-    first = int(np.flatnonzero(np.abs(edges - np.rint(edges)) < 1e-3 * factor)[-1])
+    apart = np.abs(edges - np.rint(edges))
+    first = int(np.flatnonzero(apart < min(1e-3 * factor, 0.4))[-1])
+    if start - first * factor > _STRIP:  # Too much to resize for a small square: the best there is nearby.
+        first = max(0, len(edges) - _NEAR) + int(np.argmin(apart[-_NEAR:]))
     last = min(length, math.ceil((start + size) / factor) + _MARGIN)
-    if round((last - first) * factor) < start - round(first * factor) + size:  # Rounded to a pixel too few.
-        last = length
     return slice(first, last), factor, start - round(first * factor)
 
 
@@ -160,18 +179,16 @@ def resize_antialiased(
       pixels: the image.
       height, width: of the resized image, pixels.
       interpolation: one of ``INTERPOLATIONS``.
-      crop: (top, left, size), to compute only this square of the resized image, to the same values.
+      crop: (top, left, size), to give only this square of the resized image, to within a grey level.
     """
     source_height, source_width = pixels.shape[:2]
     image, method = Image.fromarray(pixels), _ANTIALIASED[interpolation]
     if crop is None:
         return np.asarray(image.resize((width, height), method))
     top, left, size = crop
+    if height > source_height and height * width < _LARGE:
+        # Enlarging clips between its two passes, whose order depends on what is asked for.
+        return np.asarray(image.resize((width, height), method))[top : top + size, left : left + size]
     across, down = source_width / width, source_height / height
-    box = (
-        left * across,
-        top * down,
-        min(source_width, (left + size) * across),
-        min(source_height, (top + size) * down),
-    )
-    return np.asarray(image.resize((size, size), method, box=box))
+    right, bottom = min(source_width, (left + size) * across), min(source_height, (top + size) * down)
+    return np.asarray(image.resize((size, size), method, box=(left * across, top * down, right, bottom)))

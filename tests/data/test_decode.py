@@ -268,7 +268,7 @@ def test_a_crop_of_a_resized_image_is_plain_bilinear(case, picture):
     highest = np.array([height - size, width - size])
     for share in (generator.random(2), np.zeros(2), np.ones(2), np.array([0, 1])):  # Somewhere, and in corners.
         top, left = np.rint(share * highest).astype(int).tolist()
-        crop = decode.resize_and_crop(pixels, height, width, top, left, size, "bilinear")
+        crop = decode.resize_and_crop(pixels, (height, width), (top, left), size, "bilinear")
         assert crop.dtype == np.uint8
         expected = bilinear(pixels, height, width, top, left, size)
         np.testing.assert_allclose(crop, expected, rtol=0, atol=BILINEAR_TOLERANCE)
@@ -283,7 +283,7 @@ def test_a_strip_is_cropped_exactly_quickly_and_in_little_memory(height, width, 
     top, left = (int(share * (side - 224)) for side in resized)
     tracemalloc.start()
     start = time.perf_counter()
-    crop = decode.resize_and_crop(pixels, *resized, top, left, 224, "bilinear")
+    crop = decode.resize_and_crop(pixels, resized, (top, left), 224, "bilinear")
     seconds, (_, most_bytes) = time.perf_counter() - start, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     np.testing.assert_allclose(crop, bilinear(pixels, *resized, top, left, 224), rtol=0, atol=BILINEAR_TOLERANCE)
