@@ -23,7 +23,7 @@ _ANTIALIASED = {
     "area": Image.Resampling.BOX,
 }
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-_LARGE = 4_000_000  # Pixels of an enlarged image of which only a part is computed: a long strip.
+_LARGE = 4_000_000  # Pixels of a resized image of which only the crop is computed, whatever the method: a long strip.
 _STRIP, _NEAR = 10_000, 256  # Resized pixels that may be computed in vain, and source pixels to look at then.
 _MARGIN = 3  # Pixels beside a sampling point that an interpolation may look at.
 
@@ -186,8 +186,9 @@ def resize_antialiased(
     if crop is None:
         return np.asarray(image.resize((width, height), method))
     top, left, size = crop
-    if height > source_height and height * width < _LARGE:
-        # Enlarging clips between its two passes, whose order depends on what is asked for.
+    exact = interpolation == "bilinear" and height <= source_height
+    if not exact and height * width < _LARGE:
+        # Pillow clips between its two passes, whose order depends on what is asked for: it shows where values overshoot.
         return np.asarray(image.resize((width, height), method))[top : top + size, left : left + size]
     across, down = source_width / width, source_height / height
     right, bottom = min(source_width, (left + size) * across), min(source_height, (top + size) * down)
