@@ -188,7 +188,7 @@ def resize_antialiased(
     top, left, size = crop
     exact = interpolation == "bilinear" and height <= source_height
     if not exact and height * width < _LARGE:
-        # Pillow clips between its two passes, whose order depends on what is asked for: it shows where values overshoot.
+        # Pillow clips between its two passes, whose order depends on what is asked for; it shows in overshoots.
         return np.asarray(image.resize((width, height), method))[top : top + size, left : left + size]
     across, down = source_width / width, source_height / height
     right, bottom = min(source_width, (left + size) * across), min(source_height, (top + size) * down)

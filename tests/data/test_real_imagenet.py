@@ -1,4 +1,4 @@
-"""The input pipeline on a hundred real ImageNet photos: against Pillow and NumPy, and trained from as a person would."""
+"""The input pipeline on a hundred real ImageNet photos: against Pillow and NumPy, and trained from."""
 
 import io
 import json
