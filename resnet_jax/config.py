@@ -163,7 +163,8 @@ FIELDS = (
     Field("log.tensorboard", True, "", "Write TensorBoard events too.", recipe=False),
     Field("deterministic", False, "", "Bit-exact reruns on GPUs, slower (CPUs and TPUs are exact anyway).",
           recipe=False),
-    Field("init.weights", "", "path", "Start from these weights: the work directory of a run."),
+    Field("init.weights", "", "path", "Start from these weights: a .safetensors or torch file (torchvision's, timm's,"
+          " akamaster's or ours) or the work directory of a run. They bring their preprocessing."),
 )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def main(overrides: list[tuple[str, str]]) -> int:
 
     from resnet_jax.run import run_classification  # JAX starts here, after its settings.
 
-    return run_classification(config, workdir, FLAGS.mode)
+    return run_classification(config, workdir, FLAGS.mode, [name for name, _ in overrides])
 
 
 if __name__ == "__main__":

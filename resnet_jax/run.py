@@ -1,5 +1,6 @@
 """From a config to a run: devices, task, work directory, loop."""
 
+from collections.abc import Collection
 import pathlib
 
 import jax
@@ -9,13 +10,22 @@ from resnet_jax import distributed
 from resnet_jax.classification.task import Classification
 from resnet_jax.config import flatten
 from resnet_jax.errors import UsageError
+from resnet_jax.pretrained.start import resumed, starting_weights
 from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.loop import Training
 from resnet_jax.training.workdir import check_data, check_recipe, check_writable, lock, open_workdir
 
 
-def run_classification(config: ml_collections.ConfigDict, workdir: pathlib.Path, mode: str) -> int:
+def run_classification(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, mode: str, explicit: Collection[str] = ()
+) -> int:
     """Trains (``train``) or evaluates (``eval``) in ``workdir``; returns the exit status.
+
+    Args:
+      config: the whole config.
+      workdir: the work directory.
+      mode: ``train`` or ``eval``.
+      explicit: names of the fields that the command line has set; weights don't change them.
 
     Raises:
       UsageError: before anything is written, where config, data, devices and work directory don't fit.
@@ -30,16 +40,16 @@ def run_classification(config: ml_collections.ConfigDict, workdir: pathlib.Path,
         jax.config.update("jax_enable_x64", True)
     mesh = distributed.make_mesh()
     with jax.set_mesh(mesh):
-        task = Classification(config, mesh, weights=done is None)
+        start = starting_weights(config) if done is None else resumed(workdir)
+        task = Classification(config, mesh, start, explicit)
         train = mode == "train"
-        data = (task.classes, task.examples_per_epoch)
         if done is not None:
-            check_data(workdir, *data, training=train)
+            check_data(workdir, task.description, training=train)
         if train and (done or 0) > task.total_steps:
             raise UsageError(f"--workdir={workdir} is at step {done} already, beyond the {task.total_steps} asked for")
         if not train and done is not None:  # Another command's settings are not the run's.
             return Training(task, config, workdir, mesh, write=False).evaluate_only()
-        open_workdir(workdir, flatten(config), *data)
+        open_workdir(workdir, flatten(config), task.description)
         with lock(workdir):
             training = Training(task, config, workdir, mesh)
             return training.run() if train else training.evaluate_only()

@@ -1,6 +1,6 @@
 """Classification as a task of the training loop."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 import math
 from typing import Any
@@ -17,8 +17,10 @@ from resnet_jax.distributed import shard_batch
 from resnet_jax.errors import UsageError
 from resnet_jax.models.layers import count_groups, storage_dtype
 from resnet_jax.models.registry import create_model
+from resnet_jax.pretrained.load import Pretrained
+from resnet_jax.pretrained.preprocessing import Preprocessing
+from resnet_jax.pretrained.start import with_preprocessing
 from resnet_jax.training import schedules
-from resnet_jax.training.checkpoints import load_run_weights
 from resnet_jax.training.optimizer import make_optimizer
 from resnet_jax.training.prefetch import Prefetch
 from resnet_jax.training.state import TrainState
@@ -32,35 +34,45 @@ class Classification:
 
     objective = "top1_error"
 
-    def __init__(self, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, weights: bool = True):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        mesh: jax.sharding.Mesh,
+        start: Pretrained | None = None,
+        explicit: Collection[str] = (),
+    ):
         """Reads the data, builds the network and checks that they fit each other and the devices.
 
         Args:
           config: the whole config.
           mesh: the devices, in force (``jax.set_mesh``).
-          weights: whether to begin with ``init.weights``; a run that goes on from a checkpoint doesn't need them.
+          start: the weights to begin with, and what belongs to them.
+          explicit: names of the config's fields that ``start`` does not change.
 
         Raises:
           UsageError: they don't fit.
         """
+        config, given = with_preprocessing(config, start, explicit)
         self._config, self._mesh = config, mesh
+        self._settings = start.settings if start else {}
         distributed.check_batch("batch_size", config.batch_size, mesh, config.optimizer.accumulate)
         _check_groups(config, mesh.size)
         # Its mistakes are cheaper to find than the data.
-        self._model = create_model(**_model_settings(config.model))
-        self._feeds, self.classes = make_feeds(config, mesh, storage_dtype(self._model.dtype))
+        settings = _model_settings(config.model) | self._settings
+        self._model = create_model(**settings)
+        self._feeds, self.classes = make_feeds(config, mesh, storage_dtype(self._model.dtype), given)
         classes = config.model.num_classes or len(self.classes)
         if classes != len(self.classes):
             raise UsageError(
                 f"model.num_classes={classes}, but {config.data.source} has {len(self.classes)} classes"
                 f" ({', '.join(self.classes[:3])}, ...)"
             )
-        self._model = create_model(num_classes=classes, **_model_settings(config.model))
+        self._model = create_model(num_classes=classes, **settings)
         train = self._feeds["train"]
         self._image_shape = train.image_shape
         self._optimizer = make_optimizer(config.optimizer)
         shapes = self._shapes()
-        self._weights = load_run_weights(config.init.weights) if weights and config.init.weights else None
+        self._weights = start.variables if start else None
         if self._weights:
             check_weights(self._weights, shapes, config)
         self._eval_step = jax.jit(steps.make_eval_step(self._model))
@@ -99,6 +111,25 @@ class Classification:
         weights = jax.tree.map(lambda new, old: new.astype(old.dtype), self._weights, _weights_of(state))
         average = distributed.replicate(self._mesh, weights) if state.average else None
         return state.replace(**distributed.replicate(self._mesh, weights), average=average)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a run remembers of its data: names of the classes, training examples, preprocessing, the network's
+        attributes that the config does not say, and the mean image or None.
+        """  # fmt: skip
+        mean, std = (np.asarray(self.resident[name]) for name in ("mean", "std"))
+        size, cut = self._image_shape[0], self._config.data.crop != "whole"
+        means = tuple(mean.reshape(-1, mean.shape[-1]).mean(0).tolist())
+        resize = self._config.eval.resize if cut else size
+        return {
+            "classes": list(self.classes),
+            "examples": self.examples_per_epoch,
+            "preprocessing": Preprocessing(
+                means, tuple(std.tolist()), size, resize, self._config.eval.interpolation
+            ).to_json(),
+            "settings": self._settings,
+            "mean_image": mean if mean.ndim == 3 else None,
+        }
 
     @property
     def broken(self) -> dict[str, str]:

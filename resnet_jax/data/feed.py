@@ -113,13 +113,19 @@ class StreamFeed:
         return self._batches(reader, 0, -(-self.examples // batch), without="epoch")
 
 
-def make_feeds(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, dtype: np.dtype):
+def make_feeds(
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    dtype: np.dtype,
+    given: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[dict[str, Feed], tuple[str, ...]]:
     """The feeds of ``train``, ``test`` and, where asked for, ``holdout``, and the names of the classes.
 
     Args:
       config: the whole config.
       mesh: the devices.
       dtype: of the mean and deviation.
+      given: mean ([C] or [H, W, C]) and deviation [C] to use instead of what the config says.
 
     Returns:
       ``({split: Feed}, classes)``.
@@ -135,8 +141,9 @@ def make_feeds(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, dtype
         dataset = load_dataset(data)
         splits = _split(dataset, data.holdout)
         _check_memory(splits)
-        statistics = pixel_statistics(splits["train"].images, data.mean, data.std)
-        statistics = _statistics_arrays(data, statistics, splits["train"].images.shape[1:], dtype)
+        train = splits["train"].images
+        found = given or _statistics(data, pixel_statistics(train, data.mean, data.std), train.shape[1:])
+        statistics = _arrays(found, dtype)
         return {name: ResidentFeed(part, statistics, mesh) for name, part in splits.items()}, dataset.classes
     if not data.image_size:
         raise UsageError("data.image_size must be set where images are read as training goes")
@@ -146,10 +153,11 @@ def make_feeds(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, dtype
                          " data.placement=device")  # fmt: skip
     train_crop, eval_crop = _crops(config)
     splits = _split(dataset, data.holdout)
-    known = None if data.holdout else dataset.statistics  # Held-out images are no part of what is learnt.
-    statistics = _stream_statistics(data, splits["train"], eval_crop, known)
-    arrays = _statistics_arrays(data, statistics, (data.image_size, data.image_size, 3), dtype)
-    resident = distributed.replicate(mesh, arrays)
+    if given is None:
+        known = None if data.holdout else dataset.statistics  # Held-out images are no part of what is learnt.
+        given = _stream_statistics(data, splits["train"], eval_crop, known)
+        given = _statistics(data, given, (data.image_size, data.image_size, 3))
+    resident = distributed.replicate(mesh, _arrays(given, dtype))
     crops = {name: train_crop if name == "train" else eval_crop for name in splits}
     views = _views(data, splits, crops)
     return {name: StreamFeed(views[name], resident, data) for name in splits}, dataset.classes
@@ -221,10 +229,14 @@ def _stream_statistics(
     return np.zeros(3), np.ones(3)
 
 
-def _statistics_arrays(
-    data: ml_collections.ConfigDict, found: tuple[np.ndarray, np.ndarray], shape: tuple[int, int, int], dtype: np.dtype
-) -> dict[str, np.ndarray]:
-    """``mean`` and ``std`` of the resident arrays: what was found in the data, or what is given."""
+def _arrays(statistics: tuple[np.ndarray, np.ndarray], dtype: np.dtype) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value, dtype) for name, value in zip(("mean", "std"), statistics, strict=True)}
+
+
+def _statistics(
+    data: ml_collections.ConfigDict, found: tuple[np.ndarray, np.ndarray], shape: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation: what was found in the data, or what the config gives."""
     mean, std = found
     if data.mean_image:
         mean = _read_mean(data.mean_image, shape)
@@ -232,7 +244,7 @@ def _statistics_arrays(
         mean = np.array(IMAGENET_MEAN)
     if data.std == "imagenet":
         std = np.array(IMAGENET_STD)
-    return {"mean": np.asarray(mean, dtype), "std": np.asarray(std, dtype)}
+    return mean, std
 
 
 def _read_mean(path: str, shape: tuple[int, int, int]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The work directory: whose run it holds, and what is written there."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 import contextlib
 import fcntl
 import itertools
@@ -9,12 +9,14 @@ import os
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from resnet_jax.config import recipe_changes
 from resnet_jax.errors import UsageError
 from resnet_jax.training.checkpoints import FOLDER, latest_step
 from resnet_jax.training.metrics import write_json
 
-DATA = "data.json"
+DATA, MEAN = "data.json", "mean.npy"
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
@@ -53,8 +55,13 @@ def check_recipe(workdir: pathlib.Path, values: dict[str, Any], training: bool) 
                          " choose another work directory or the same settings")  # fmt: skip
 
 
-def check_data(workdir: pathlib.Path, classes: Sequence[str], examples: int, training: bool) -> None:
+def check_data(workdir: pathlib.Path, now: dict[str, Any], training: bool) -> None:
     """Checks that the data are those that the folder's run was trained on, by their classes and their number.
+
+    Args:
+      workdir: the folder.
+      now: ``classes`` (names) and ``examples`` (of the training set).
+      training: whether it is to be trained on.
 
     Raises:
       UsageError: they are not.
@@ -62,7 +69,8 @@ def check_data(workdir: pathlib.Path, classes: Sequence[str], examples: int, tra
     before = read_json(workdir / DATA)
     if before is None:
         return
-    if before["classes"] != list(classes):
+    classes, examples = now["classes"], now["examples"]
+    if before["classes"] != classes:
         pairs = itertools.zip_longest(before["classes"], classes)
         number, (was, now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
         raise UsageError(
@@ -89,8 +97,13 @@ def check_writable(workdir: pathlib.Path) -> None:
         raise UsageError(f"--workdir={workdir}: can't be written (permission denied in {nearest})")
 
 
-def open_workdir(workdir: pathlib.Path, values: dict[str, Any], classes: Sequence[str], examples: int) -> None:
-    """Makes the folder where needed and writes ``config.json`` and ``data.json``: classes, number of training images.
+def open_workdir(workdir: pathlib.Path, values: dict[str, Any], data: dict[str, Any]) -> None:
+    """Makes the folder where needed and writes ``config.json``, ``data.json`` and, where there is one, ``mean.npy``.
+
+    Args:
+      workdir: the folder.
+      values: the flat config.
+      data: see ``Classification.description``.
 
     Raises:
       UsageError: it can't be written.
@@ -98,7 +111,9 @@ def open_workdir(workdir: pathlib.Path, values: dict[str, Any], classes: Sequenc
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", values)
-        write_json(workdir / DATA, {"classes": list(classes), "examples": examples})
+        write_json(workdir / DATA, {name: value for name, value in data.items() if name != "mean_image"})
+        if data["mean_image"] is not None:
+            np.save(workdir / MEAN, data["mean_image"])
     except OSError as error:
         raise UsageError(f"--workdir={workdir}: can't be written ({error.strerror or error})") from error
 

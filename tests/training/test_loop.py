@@ -40,7 +40,7 @@ def train(config, workdir, steps_per_dispatch):
     mesh = make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
         task = Classification(config, mesh)
-        open_workdir(workdir, flatten(config), task.classes, task.examples_per_epoch)
+        open_workdir(workdir, flatten(config), task.description)
         assert Training(task, config, workdir, mesh, steps_per_dispatch).run() == 0
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((workdir / "summary.json").read_text())

@@ -1,0 +1,1 @@
+"""Weights from elsewhere come in, and ours go out."""

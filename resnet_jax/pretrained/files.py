@@ -1,0 +1,63 @@
+"""Files of named arrays: safetensors, and torch's through torch."""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from resnet_jax.errors import UsageError
+
+_TORCH = (".pth", ".th", ".pt", ".tar", ".bin")
+
+
+def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays by name, and the file's metadata.
+
+    Raises:
+      UsageError: not there, damaged, of an unknown kind, or not weights alone.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in _TORCH:
+        return _read_torch(path), {}
+    raise UsageError(f"{path}: weights come as .safetensors, .pth or .th, or as the work directory of a run")
+
+
+def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path}: not a whole .safetensors file ({' '.join(str(error).split())})") from error
+
+
+def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UsageError(
+            f"{path}: torch files need torch: pip install 'resnet_jax[torch]'; .safetensors do not"
+        ) from error
+    try:
+        # Never more than arrays and plain containers: a pickle may hold any program.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # It raises whatever its parts raise.
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"{path}: not a whole torch file of weights alone ({first[:160]})") from error
+    for wrapping in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapping), dict):
+            content = content[wrapping]
+    if not isinstance(content, dict) or not all(torch.is_tensor(value) for value in content.values()):
+        raise UsageError(f"{path}: holds no state dict (names with arrays)")
+    return {
+        name: value.float().numpy() if value.is_floating_point() else value.numpy() for name, value in content.items()
+    }
+
+
+def read_json_metadata(metadata: dict[str, str], name: str) -> Any:
+    """A JSON value of a safetensors file's metadata, or None."""
+    return json.loads(metadata[name]) if name in metadata else None

@@ -1,0 +1,55 @@
+"""A network with its weights and preprocessing as one StableHLO program, for whoever has JAX and not this package."""
+
+import os
+import pathlib
+
+import jax
+from jax import export, numpy as jnp
+import numpy as np
+
+from resnet_jax.data.augment import normalise
+from resnet_jax.errors import UsageError
+from resnet_jax.models.registry import create_model, default_input
+from resnet_jax.pretrained.load import Pretrained
+from resnet_jax.pretrained.preprocessing import Preprocessing
+
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def input_size(model: str, weights: Pretrained) -> int:
+    """Side of the images that the program takes, pixels."""
+    return weights.preprocessing.image_size if weights.preprocessing else default_input(model)[0]
+
+
+def save_program(path: pathlib.Path, model: str, weights: Pretrained) -> None:
+    """Writes ``images uint8 [N, S, S, C] -> logits float32 [N, classes]``, N being any number; whole or not at all.
+
+    Args:
+      path: the file; ``jax.export.deserialize(path.read_bytes()).call(images)`` runs it.
+      model: our name of the network.
+      weights: with their preprocessing, which becomes a part of the program.
+
+    Raises:
+      UsageError: the preprocessing is not known, or the file can't be written.
+    """
+    if weights.preprocessing is None:
+        raise UsageError(f"{path}: the weights say nothing of their preprocessing, which is a part of the program")
+    preprocessing: Preprocessing = weights.preprocessing
+    mean = np.array(preprocessing.mean if weights.mean_image is None else weights.mean_image, np.float32)
+    std = np.array(preprocessing.std, np.float32)
+    classes = weights.variables["params"]["head"]["bias"].shape[0]
+    module = create_model(model, classes, "float32", **weights.settings)
+
+    def logits(images: jax.Array) -> jax.Array:
+        return module.apply(weights.variables, normalise(images, jnp.asarray(mean), jnp.asarray(std)))
+
+    size, channels = input_size(model, weights), mean.shape[-1]
+    shape = export.symbolic_shape(f"n, {size}, {size}, {channels}")
+    exported = export.export(jax.jit(logits), platforms=_PLATFORMS)(jax.ShapeDtypeStruct(shape, jnp.uint8))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(exported.serialize())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(f"{path}: can't be written ({error.strerror})") from error

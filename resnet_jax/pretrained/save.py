@@ -1,0 +1,66 @@
+"""Our weights into files that others read: safetensors with torchvision's names where torchvision has the network."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from flax import traverse_util
+import numpy as np
+from safetensors.numpy import save
+
+from resnet_jax import __version__
+from resnet_jax.errors import UsageError
+from resnet_jax.pretrained import names as names_lib
+from resnet_jax.pretrained.load import FORMAT, MEAN_IMAGE, Pretrained
+
+_TORCHVISION = {"resnet18", "resnet34", "resnet50_v1_5", "resnet101_v1_5", "resnet152_v1_5"}
+
+
+def torchvision_names(model: str) -> names_lib.Names | None:
+    """The table of the network ``model``, or None where torchvision has no such network."""
+    if model in _TORCHVISION:
+        return names_lib.TORCHVISION
+    return {"vgg16": names_lib.VGG, "vgg16_bn": names_lib.VGG_BN}.get(model)
+
+
+def save_safetensors(path: pathlib.Path, model: str, weights: Pretrained) -> None:
+    """Writes weights with their preprocessing and classes in the metadata; whole or not at all.
+
+    Args:
+      path: the file, ``.safetensors``.
+      model: our name of the network.
+      weights: what to write; its classes and preprocessing may be None.
+
+    Raises:
+      UsageError: it can't be written.
+    """
+    names = torchvision_names(model)
+    arrays: dict[str, np.ndarray] = {}
+    for ours, array in traverse_util.flatten_dict(weights.variables, sep="/").items():
+        if names is None:
+            arrays[ours] = np.ascontiguousarray(array)
+            continue
+        theirs = names.theirs(ours)
+        arrays[theirs] = names.from_ours(ours, array)
+        if theirs.endswith(".running_var"):  # torch keeps a count that nothing of ours needs.
+            arrays[theirs.replace("running_var", "num_batches_tracked")] = np.array(0, np.int64)
+    metadata: dict[str, Any] = {
+        "model": model,
+        "settings": weights.settings,
+        "preprocessing": weights.preprocessing.to_json() if weights.preprocessing else None,
+        "classes": list(weights.classes) if weights.classes else None,
+        "version": __version__,
+    }
+    if (
+        weights.mean_image is not None and names is None
+    ):  # torch's strict loading refuses what is no part of the network.
+        arrays[MEAN_IMAGE] = np.ascontiguousarray(weights.mean_image)
+    text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(save(arrays, {"format": FORMAT, **text}))
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(f"{path}: can't be written ({error.strerror})") from error

@@ -1,0 +1,177 @@
+"""Weights in torchvision's, timm's and akamaster's names against PyTorch networks that hold the same arrays."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+
+from safetensors.torch import save_file  # noqa: E402
+import torch_networks  # noqa: E402
+
+import resnet_jax  # noqa: E402
+from resnet_jax import UsageError  # noqa: E402
+
+torch.set_num_threads(1)
+TOLERANCE = 1e-4  # Absolute, of logits of about unit size.
+IMAGENET = {
+    "resnet18": ("basic", (2, 2, 2, 2), (64, 128, 256, 512)),
+    "resnet34": ("basic", (3, 4, 6, 3), (64, 128, 256, 512)),
+    "resnet50_v1_5": ("bottleneck v1.5", (3, 4, 6, 3), (256, 512, 1024, 2048)),
+    "resnet101_v1_5": ("bottleneck v1.5", (3, 4, 23, 3), (256, 512, 1024, 2048)),
+}
+
+
+def randomise(network: torch.nn.Module) -> torch.nn.Module:
+    """Random weights and random statistics, so that activations keep their size."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in network.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(1, 3, generator=generator)
+        elif name.endswith(("running_mean", "bias")):
+            tensor.normal_(0, 0.3, generator=generator)
+        elif tensor.ndim == 1 and tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.0, generator=generator)
+        elif tensor.ndim > 1:
+            tensor.normal_(0, float(1 / np.sqrt(tensor[0].numel())), generator=generator)
+    return network.eval()
+
+
+def imagenet(name: str, classes: int = 10) -> torch.nn.Module:
+    block, layers, widths = IMAGENET[name]
+    return randomise(torch_networks.ResNet(block, layers, widths, classes, "B"))
+
+
+def cifar(depth: int, zeros: str = "end", shortcut: str = "A") -> torch.nn.Module:
+    blocks = ((depth - 2) // 6,) * 3
+    widths = (16, 32, 64)
+    return randomise(torch_networks.ResNet("basic", blocks, widths, 10, shortcut, zeros, stem="cifar", stem_width=16))
+
+
+def akamasters(network: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """A state dict with that repository's names and wrapping."""
+    return {"state_dict": {f"module.{name}".replace("fc.", "linear."): t for name, t in network.state_dict().items()}}
+
+
+def assert_same_network(network: torch.nn.Module, file, model: str, sizes: tuple[int, ...]) -> None:
+    module, variables, _ = resnet_jax.load_pretrained(file, model, dtype="float32")
+    ours = jax.jit(lambda v, x: module.apply(v, x, method="features") | {"logits": module.apply(v, x)})
+    for size in sizes:
+        images = np.random.default_rng(size).standard_normal((2, size, size, 3), np.float32)
+        found = ours(variables, images)
+        with torch.no_grad():
+            for name, expected in network.features(torch.tensor(images).permute(0, 3, 1, 2)):
+                array = np.asarray(found[name])
+                array = np.moveaxis(array, -1, 1) if array.ndim == 4 else array
+                np.testing.assert_allclose(array, expected.numpy(), atol=TOLERANCE, rtol=TOLERANCE, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "resnet18",
+        "resnet50_v1_5",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet34", "resnet101_v1_5")),
+    ],
+)
+def test_torchvision_networks_give_the_same_logits_and_features(model, tmp_path):
+    network = imagenet(model)
+    torch.save(network.state_dict(), tmp_path / "net.pth")
+    assert_same_network(network, tmp_path / "net.pth", model, (64, 75))
+
+
+@pytest.mark.parametrize("depth", [20, pytest.param(56, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("zeros", ["end", "both"])
+def test_cifar_networks_give_the_same_logits_with_either_padding(depth, zeros, tmp_path):
+    network = cifar(depth, zeros)
+    content = akamasters(network) if zeros == "both" else network.state_dict()
+    torch.save(content, tmp_path / "net.th", _use_new_zipfile_serialization=zeros == "end")
+    assert_same_network(network, tmp_path / "net.th", f"cifar_resnet{depth}", (32, 29))
+
+
+def test_plain_cifar_networks_come_in_as_well(tmp_path):
+    network = cifar(20, shortcut="plain")
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    assert_same_network(network, tmp_path / "net.pt", "cifar_plain20", (32,))
+
+
+@pytest.mark.parametrize("shortcut", ["B", "C"])
+def test_projections_of_a_cifar_network_are_seen_in_its_names(shortcut, tmp_path):
+    network = cifar(20, shortcut=shortcut)
+    save_file(network.state_dict(), tmp_path / "net.safetensors")
+    assert_same_network(network, tmp_path / "net.safetensors", "cifar_resnet20", (32,))
+
+
+def test_safetensors_and_pth_give_the_same_bits_and_timms_config_the_preprocessing(tmp_path):
+    network = imagenet("resnet18")
+    torch.save({"model": network.state_dict()}, tmp_path / "net.pth")
+    _, pth, preprocessing = resnet_jax.load_pretrained(str(tmp_path / "net.pth"), "resnet18")
+    assert (preprocessing.mean, preprocessing.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (preprocessing.image_size, preprocessing.resize, preprocessing.interpolation) == (224, 256, "bilinear")
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    config = {"mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1], "input_size": [3, 288, 288], "crop_pct": 0.95,
+              "interpolation": "bicubic"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": config}))
+    _, tensors, preprocessing = resnet_jax.load_pretrained(str(tmp_path / "model.safetensors"), "resnet18")
+    assert (preprocessing.mean, preprocessing.std) == ((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
+    assert (preprocessing.image_size, preprocessing.resize, preprocessing.interpolation) == (288, 303, "bicubic")
+    jax.tree.map(np.testing.assert_array_equal, pth, tensors)
+
+
+class Attack:
+    """What a stranger's pickle may hold."""
+
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('attacked').touch()",))
+
+
+def refused(path, content, model: str = "resnet18") -> str:
+    torch.save(content, path)
+    with pytest.raises(UsageError) as error:
+        resnet_jax.load_pretrained(str(path), model)
+    text = str(error.value)
+    assert "\n" not in text
+    assert str(path) in text
+    return text
+
+
+def test_a_pickle_that_executes_code_does_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = refused(tmp_path / "net.pth", {"conv1.weight": Attack()})
+    assert "not a whole torch file of weights alone" in text
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    torch.save(imagenet("resnet18").state_dict(), tmp_path / "net.pth")
+    (tmp_path / "net.pth").write_bytes((tmp_path / "net.pth").read_bytes()[:-1000])
+    with pytest.raises(UsageError, match="not a whole torch file"):
+        resnet_jax.load_pretrained(str(tmp_path / "net.pth"), "resnet18")
+
+
+def test_every_array_is_used_or_named(tmp_path):
+    path, state = tmp_path / "net.pth", imagenet("resnet18").state_dict()
+    name = "layer3.1.bn2.running_var"
+    missing = {key: value for key, value in state.items() if key != name}
+    assert f"{name} is missing" in refused(path, missing)
+    assert "extra.weight is no part of resnet18" in refused(path, state | {"extra.weight": torch.zeros(3)})
+    text = refused(path, state | {name: torch.zeros(7)})
+    assert f"{name} has shape (7,), and resnet18 needs (256,)" in text
+    broken = state[name].clone()
+    broken[3] = float("nan")
+    assert f"{name} has values that are not finite" in refused(path, state | {name: broken})
+    assert "holds no state dict" in refused(path, [1, 2, 3])
+    assert "names of no known format" in refused(path, {"a": torch.zeros(1)})
+
+
+def test_another_depth_or_stride_than_the_file_s_is_named(tmp_path):
+    path = tmp_path / "net.pth"
+    assert "holds resnet18, not resnet34" in refused(path, imagenet("resnet18").state_dict(), "resnet34")
+    text = refused(path, imagenet("resnet50_v1_5").state_dict(), "resnet50")
+    assert "v1.5: ask for resnet50_v1_5, not resnet50" in text
+    text = refused(path, imagenet("resnet50_v1_5").state_dict(), "resnet101_v1_5")
+    assert "holds resnet50_v1_5, not resnet101_v1_5" in text
+    assert "holds cifar_resnet20, not cifar_resnet32" in refused(path, cifar(20).state_dict(), "cifar_resnet32")
