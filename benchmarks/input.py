@@ -82,7 +82,8 @@ def torch_loader(args, as_float: bool):
                 return ((pixels.permute(2, 0, 1).contiguous().float() / 255) - mean) / std
             return pixels
 
-    loader = torch.utils.data.DataLoader(Folder(), args.batch, shuffle=True, num_workers=args.workers, drop_last=True)
+    loader = torch.utils.data.DataLoader(Folder(), args.batch, shuffle=True, num_workers=args.workers, drop_last=True,
+                                         persistent_workers=args.workers > 0)  # fmt: skip
     yield
     while True:
         for batch in loader:

@@ -16,6 +16,7 @@ def get_config():
     config.model.name = "resnet50_v1_5"
     config.model.zero_init_last = True
     config.data.crop = "inception"
+    config.data.color_noise = 0.0
     config.data.mean = "imagenet"
     config.data.std = "imagenet"
     config.batch_size = 8192

@@ -1,6 +1,7 @@
 """What all entry points share: flags, and one line for a user's mistake."""
 
 from collections.abc import Callable, Sequence
+import os
 import re
 import sys
 
@@ -66,6 +67,9 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], usage: str, needs: 
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:  # Whoever read our output has seen enough.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            return 0
 
     _quiet()
     if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in sys.argv[1:]):

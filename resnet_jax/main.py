@@ -30,7 +30,7 @@ def main(overrides: list[tuple[str, str]]) -> int:
     for name, value in overrides:
         config_lib.override(config, name, value)
     config_lib.validate(config)
-    workdir = pathlib.Path(FLAGS.workdir or f"runs/{config_lib.find_config(FLAGS.config).stem}")
+    workdir = pathlib.Path(FLAGS.workdir or f"runs/{config_lib.find_config(FLAGS.config).stem}").expanduser()
     if config.deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
 

@@ -29,6 +29,9 @@ flags.DEFINE_integer("mean_resize", 256, "Shorter side before its centre crop, p
 flags.DEFINE_enum("on_error", "raise", ["raise", "skip"], "A file that can't be read: stop there, or leave it out.")
 FLAGS = flags.FLAGS
 
+# What errors call config fields is called so here.
+_FLAG_OF = {"data.dir": "--data_dir", "data.source": "--source", "data.name": "--name", "data.labels": "--labels"}
+
 
 def main(overrides: list[tuple[str, str]]) -> int:
     """Flags in, one call."""
@@ -46,7 +49,19 @@ def main(overrides: list[tuple[str, str]]) -> int:
     folder = pathlib.Path(FLAGS.output).expanduser().absolute()
     mean = CenterCrop(FLAGS.mean_size, FLAGS.mean_resize) if FLAGS.mean else None
     workers, skip = worker_count(FLAGS.workers), FLAGS.on_error == "skip"
-    index = array_record.write(open_dataset(data), folder, workers, FLAGS.shard_mb, mean, skip)
+    inside = pathlib.Path(FLAGS.data_dir).expanduser().resolve()
+    if FLAGS.data_dir and inside in folder.resolve().parents:
+        raise UsageError(f"--output={FLAGS.output} lies inside --data_dir; choose a folder elsewhere")
+    try:
+        index = array_record.write(open_dataset(data), folder, workers, FLAGS.shard_mb, mean, skip)
+    except UsageError as error:
+        text = str(error)
+        for field, flag in _FLAG_OF.items():
+            text = text.replace(field, flag)
+        raise UsageError(text) from error
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on")
+        raise
     counts = ", ".join(f"{sum(shards.values())} {split}" for split, shards in index["splits"].items())
     left_out = f"; left out {len(index['skipped'])}, listed in index.json" if index["skipped"] else ""
     print(f"{folder}: {counts} images of {len(index['classes'])} classes{left_out}")

@@ -10,10 +10,11 @@ from resnet_jax import distributed
 from resnet_jax.classification.task import Classification
 from resnet_jax.config import flatten
 from resnet_jax.errors import UsageError
+from resnet_jax.locks import lock
 from resnet_jax.pretrained.start import resumed, starting_weights
 from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.loop import Training
-from resnet_jax.training.workdir import check_data, check_recipe, check_writable, lock, open_workdir
+from resnet_jax.training.workdir import check_data, check_recipe, check_writable, open_workdir
 
 
 def run_classification(
@@ -50,6 +51,6 @@ def run_classification(
         if not train and done is not None:  # Another command's settings are not the run's.
             return Training(task, config, workdir, mesh, write=False).evaluate_only()
         open_workdir(workdir, flatten(config), task.description)
-        with lock(workdir):
+        with lock(workdir / ".lock", f"--workdir={workdir}: another process is training there"):
             training = Training(task, config, workdir, mesh)
             return training.run() if train else training.evaluate_only()

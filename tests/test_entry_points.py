@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Entry point -> the flags that its --help must name.
 ENTRY_POINTS = {
     "resnet_jax.main": ("--config", "--workdir", "--mode", "--config.model.name", "--config.batch_size"),
+    "resnet_jax.convert": ("--model", "--weights", "--output"),
     "resnet_jax.prepare": ("--source", "--data_dir", "--output", "--workers", "--on_error"),
     "resnet_jax.summary": ("--models", "--image_size"),
 }

@@ -58,6 +58,10 @@ def test_pods_scale_the_rate_with_the_batch_and_warm_up_as_goyal_et_al(name):
     validate(config)
     network = create_model(config.model.name)
     assert network.bottleneck is False or network.stride_in == "middle"
+    data = config.data
+    # Section 5.1: scale and aspect ratio augmentation, mirrors, mean and deviation of the channels.
+    assert (data.crop, data.smallest_area, data.flip, data.color_noise) == ("inception", 0.08, True, 0)
+    assert (data.mean, data.std, data.image_size) == ("imagenet", "imagenet", 224)
     steps_per_epoch = 1_281_167 / config.batch_size
     assert config.schedule.learning_rate == pytest.approx(0.1 * config.batch_size / 256)
     assert config.steps == pytest.approx(90 * steps_per_epoch, abs=1)

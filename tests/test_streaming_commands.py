@@ -61,7 +61,7 @@ def test_shards_of_prepare_train_as_the_folder_they_were_made_of(folder, tmp_pat
     for name in ("index", "label", "probabilities"):
         np.testing.assert_array_equal(ours[name], theirs[name])
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
-    assert 0 <= record["data_wait"] <= 100
+    assert 0 <= record["data_wait_percent"] <= 100
     assert "waiting for data" in out
 
 

@@ -23,10 +23,13 @@ from resnet_jax.data.decode import BrokenImage
 from resnet_jax.data.sources import Dataset, Examples, Statistics
 from resnet_jax.data.statistics import Sums
 from resnet_jax.errors import UsageError
+from resnet_jax.locks import lock
 
 INDEX, MEAN = "index.json", "mean.npy"
 _UNFINISHED = ".unfinished"  # What is needed to go on, until all shards are written.
 _SAMPLE = 256  # Examples whose size says how many shards there are.
+# A shard to write: its name, the examples, the first and the one after the last, and the view that its mean is of.
+_Task = tuple[str, Examples, int, int, CenterCrop | None]
 
 
 class Shards:
@@ -35,7 +38,14 @@ class Shards:
     def __init__(self, folder: pathlib.Path, files: dict[str, int]):
         """Takes the shards' names with their numbers of examples."""
         self._folder, self._files = folder, files
-        self._source = ArrayRecordDataSource([str(folder / name) for name in files])
+        for name in files:
+            if not (folder / name).is_file():
+                raise UsageError(f"data.dir={folder}: {name} is missing; prepare it again")
+        try:
+            self._source = ArrayRecordDataSource([str(folder / name) for name in files])
+        except RuntimeError as error:
+            bad = next((name for name in files if not _readable(folder / name)), "a shard")
+            raise UsageError(f"data.dir={folder}: {bad} is damaged; prepare it again") from error
         found, wanted = len(self._source), sum(files.values())
         if found != wanted:
             raise UsageError(
@@ -66,6 +76,13 @@ class Shards:
         return f"{self._folder} {self._files}"
 
 
+def _readable(shard: pathlib.Path) -> bool:
+    try:
+        return len(ArrayRecordDataSource(str(shard))) >= 0
+    except RuntimeError:
+        return False
+
+
 def open_prepared(folder: str) -> Dataset:
     """Opens a folder that ``prepare`` wrote.
 
@@ -75,6 +92,8 @@ def open_prepared(folder: str) -> Dataset:
     if not folder:
         raise UsageError("data.source=array_record needs data.dir, a folder that python -m resnet_jax.prepare wrote")
     root = pathlib.Path(folder).expanduser().resolve()
+    if not root.is_dir():
+        raise UsageError(f"data.dir={folder}: no such folder")
     if (root / _UNFINISHED).is_dir() and not (root / INDEX).is_file():
         raise UsageError(f"data.dir={folder}: not finished; the same python -m resnet_jax.prepare goes on")
     try:
@@ -83,7 +102,8 @@ def open_prepared(folder: str) -> Dataset:
         statistics = None
         if index["mean"]:
             image = np.load(root / MEAN)
-            statistics = Statistics(image, np.array(index["mean"], np.float32), np.array(index["std"], np.float32))
+            mean, std = (np.array(index[name], np.float32) for name in ("mean", "std"))
+            statistics = Statistics(image, mean, std, index["plan"]["mean"])
     except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UsageError(f"data.dir={folder}: no folder that python -m resnet_jax.prepare wrote ({error})") from error
     return Dataset(*parts, tuple(index["classes"]), statistics)
@@ -129,6 +149,17 @@ def write(
     }
     if _claim(folder, plan):
         return json.loads((folder / INDEX).read_text())
+    try:
+        with lock(unfinished / "lock", f"--output={folder}: another process is writing there"):
+            _write_shards(tasks, folder, workers, skip_broken)
+            return _finish(dataset, folder, plan)
+    except OSError as error:
+        raise UsageError(f"--output={folder}: can't be written ({error.strerror or error})") from error
+
+
+def _write_shards(tasks: list[_Task], folder: pathlib.Path, workers: int, skip_broken: bool) -> None:
+    """Writes the shards that are not there yet, several at a time."""
+    unfinished = folder / _UNFINISHED
     stop_all = threading.Event()
 
     def one(name: str, part: Examples, start: int, stop: int, view: CenterCrop | None) -> None:
@@ -143,15 +174,17 @@ def write(
                 return
             try:
                 content, label = part[i]
-                if view:
-                    sums.add(view(content, None))
-                record = {"image": content, "label": label, "name": os.path.basename(part.where(i))}
-                writer.write(msgpack.packb(record))
+                pixels = view(content, None) if view else None
             except (OSError, BrokenImage) as error:
                 if not skip_broken:
                     raise UsageError(f"{part.where(i)}: not a readable image ({error});"
                                      " --on_error=skip leaves such files out") from error  # fmt: skip
                 skipped.append(part.where(i))
+            else:
+                if pixels is not None:
+                    sums.add(pixels)
+                place = "/".join(part.where(i).split("/")[-2:])  # Its class and its own name.
+                writer.write(msgpack.packb({"image": content, "label": label, "name": place}))
             bar.update()
         writer.close()
         os.replace(partial, folder / name)
@@ -172,7 +205,6 @@ def write(
             stop_all.set()
             pool.shutdown(cancel_futures=True)
             raise
-    return _finish(dataset, folder, plan)
 
 
 def _shards(split: str, part: Examples, megabytes: int) -> Iterator[tuple[str, int, int]]:
@@ -195,12 +227,10 @@ def _claim(folder: pathlib.Path, plan: dict) -> bool:
     known = folder / _UNFINISHED / "plan.json"
     try:
         if (folder / INDEX).is_file():
-            if json.loads((folder / INDEX).read_text()).get("plan") != plan:
-                raise UsageError(f"--output={folder} holds other data already; choose another folder")
+            _check_plan(folder, json.loads((folder / INDEX).read_text()).get("plan") or {}, plan)
             return True
         if known.is_file():
-            if json.loads(known.read_text()) != plan:
-                raise UsageError(f"--output={folder}: begun with other data or settings; choose another folder")
+            _check_plan(folder, json.loads(known.read_text()), plan)
             return False
         if folder.is_dir() and any(folder.iterdir()):
             raise UsageError(f"--output={folder} is not empty")
@@ -209,6 +239,13 @@ def _claim(folder: pathlib.Path, plan: dict) -> bool:
     except OSError as error:
         raise UsageError(f"--output={folder}: can't be written ({error.strerror})") from error
     return False
+
+
+def _check_plan(folder: pathlib.Path, before: dict, now: dict) -> None:
+    """Raises a UsageError where a folder was written, or begun, by another plan."""
+    for name, meaning in (("source", "other data"), ("shards", "another --shard_mb"), ("mean", "another mean image")):
+        if before.get(name) != now[name]:
+            raise UsageError(f"--output={folder} holds {meaning} already; choose another folder")
 
 
 def _finish(dataset: Dataset, folder: pathlib.Path, plan: dict) -> dict:

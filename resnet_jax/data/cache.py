@@ -12,11 +12,18 @@ _SAMPLE = 64  # Examples whose size says what fits.
 
 
 class Budget:
-    """Bytes that may be used; shared by all caches of a process."""
+    """Bytes that may be used."""
 
     def __init__(self, gigabytes: float):
         self.left = int(gigabytes * 1e9)
         self._lock = threading.Lock()
+
+    def reserve(self, size: int) -> "Budget":
+        """A budget of its own, of ``size`` bytes and a tenth more, or of all there are."""
+        own = Budget(0)
+        own.left = min(self.left, size + size // 10)
+        self.left -= own.left
+        return own
 
     def take(self, size: int) -> bool:
         """Takes ``size`` bytes if there are so many."""
@@ -42,7 +49,6 @@ class CachedViews(Views):
     def __init__(self, examples: Examples, crop: Crop, budget: Budget):
         """Takes a look at some examples to see what fits."""
         super().__init__(examples, crop)
-        self._budget = budget
         self._kept: dict[int, tuple[Encoded, int]] = {}
         encoded, decoded = [], []
         for i in np.linspace(0, len(examples) - 1, min(_SAMPLE, len(examples))).astype(int):
@@ -54,7 +60,8 @@ class CachedViews(Views):
                 continue
         needed = [len(examples) * float(np.mean(sizes or [0])) for sizes in (encoded, decoded)]
         self.decodes = needed[1] <= budget.left
-        share = min(1.0, budget.left / max(1.0, needed[self.decodes]))
+        self._budget = budget.reserve(int(needed[self.decodes]))
+        share = min(1.0, self._budget.left / max(1.0, needed[self.decodes]))
         form = "decoded" if self.decodes else "encoded"
         self.description = (
             f"{share:.0%} of {len(examples)} images, {form} ({share * needed[self.decodes] / 1e9:.2g} GB)"

@@ -1,4 +1,4 @@
-"""Encoded images to pixels: JPEG, PNG, WebP, BMP, GIF -> RGB uint8; and the resizing of pixels."""
+"""Encoded images (JPEG, PNG and whatever Pillow reads) to pixels, RGB uint8; and the resizing of pixels."""
 
 import io
 import math
@@ -14,8 +14,11 @@ cv2.utils.logging.setLogLevel(
     cv2.utils.logging.LOG_LEVEL_SILENT
 )  # What OpenCV can't read is given to Pillow, whose errors are reported.
 Image.MAX_IMAGE_PIXELS = 500_000_000  # Beyond twice this Pillow refuses a file as an attack.
+# Of large images, odd metadata and transparency.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 INTERPOLATIONS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "area": cv2.INTER_AREA}
 _ANTIALIASED = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -54,7 +57,7 @@ def decode(content: bytes, scale: int = 1) -> np.ndarray:
             pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
         return _decode_with_pillow(content, scale) if pixels is None else pixels
     except UnidentifiedImageError as error:  # Its text has an address in memory.
-        raise BrokenImage("no JPEG, PNG, WebP, BMP or GIF") from error
+        raise BrokenImage("of no known format") from error
     except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError, cv2.error) as error:
         raise BrokenImage(" ".join(str(error).split()) or type(error).__name__) from error
 
@@ -99,15 +102,13 @@ def _plain_png(content: bytes) -> bool:
 
 
 def _decode_with_pillow(content: bytes, scale: int) -> np.ndarray:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of large images, odd metadata and transparency.
-        with Image.open(io.BytesIO(content)) as image:
-            if scale > 1:  # Of a JPEG whose header promised it.
-                image.draft("RGB", (max(1, image.width // scale), max(1, image.height // scale)))
-            if image.mode.startswith("I"):  # 16 bits, which Pillow's conversion would cut off at 255.
-                levels = np.asarray(image, np.float32) / 257
-                return np.repeat(np.rint(levels).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-            return np.asarray(image.convert("RGB"))
+    with Image.open(io.BytesIO(content)) as image:
+        if scale > 1:  # Of a JPEG whose header promised it.
+            image.draft("RGB", (max(1, image.width // scale), max(1, image.height // scale)))
+        if image.mode.startswith("I"):  # 16 bits, which Pillow's conversion would cut off at 255.
+            levels = np.asarray(image, np.float32) / 257
+            return np.repeat(np.rint(levels).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+        return np.asarray(image.convert("RGB"))
 
 
 def resized_shape(height: int, width: int, shorter_side: int) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from resnet_jax.data.stream import Batches, EvaluationPlan, Reader, Rows, Traini
 from resnet_jax.errors import UsageError
 
 Batch = dict[str, np.ndarray]
+_LARGEST = 10_000  # Shorter side that images are resized to at most, pixels.
 
 
 class Feed(Protocol):
@@ -98,19 +99,19 @@ class StreamFeed:
     def _reader(self, plan: TrainingPlan | EvaluationPlan, seed: int, broken: str) -> Reader:
         return Reader(self._views, plan, seed, "raise" if self._data.on_error == "raise" else broken)
 
-    def _batches(self, reader: Reader, first: int, end: int, without: str) -> Batches:
+    def _batches(self, reader: Reader, first: int, end: int, *fields: str) -> Batches:
         workers, processes = worker_count(self._data.workers), self._data.worker_type == "process"
-        return Batches(reader, first, end, workers, processes, self.broken, without)
+        return Batches(reader, first, end, workers, processes, self.broken, fields)
 
     def training(self, seed: int, batch: int, first: int, end: int) -> Iterator[Batch]:
         rows = Rows(batch, jax.process_index(), jax.process_count())
         reader = self._reader(TrainingPlan(Order(seed, self.examples), rows), seed, "replace")
-        return self._batches(reader, first, end, without="valid")
+        return self._batches(reader, first, end, "images", "labels", "index", "epoch")
 
     def evaluation(self, batch: int) -> Iterator[Batch]:
         rows = Rows(batch, jax.process_index(), jax.process_count())
         reader = self._reader(EvaluationPlan(self.examples, rows), 0, "mask")
-        return self._batches(reader, 0, -(-self.examples // batch), without="epoch")
+        return self._batches(reader, 0, -(-self.examples // batch), "images", "labels", "index", "valid")
 
 
 def make_feeds(
@@ -142,6 +143,9 @@ def make_feeds(
         splits = _split(dataset, data.holdout)
         _check_memory(splits)
         train = splits["train"].images
+        if train.shape[-1] != 3 and (data.color_noise or "imagenet" in (data.mean, data.std)):
+            raise UsageError("data.color_noise and data.mean=imagenet are for RGB images; these have"
+                             f" {train.shape[-1]} channel")  # fmt: skip
         found = given or _statistics(data, pixel_statistics(train, data.mean, data.std), train.shape[1:])
         statistics = _arrays(found, dtype)
         return {name: ResidentFeed(part, statistics, mesh) for name, part in splits.items()}, dataset.classes
@@ -193,10 +197,10 @@ def _crops(config: ml_collections.ConfigDict) -> tuple[Crop, Crop]:
     center = CenterCrop(size, config.eval.resize, config.eval.interpolation)
     if data.crop == "inception":
         return InceptionCrop(size, data.smallest_area, (3 / 4, 4 / 3), data.interpolation, data.reduced_dct), center
-    if len(data.scales) != 2 or not size <= data.scales[0] <= data.scales[1]:
+    if len(data.scales) != 2 or not size <= data.scales[0] <= data.scales[1] <= _LARGEST:
         raise UsageError(
-            f"data.scales={tuple(data.scales)}: expected the least and the largest shorter side, at least"
-            f" data.image_size={size}"
+            f"data.scales={tuple(data.scales)}: expected the least and the largest shorter side, from"
+            f" data.image_size={size} to {_LARGEST}"
         )
     return ScaleCrop(size, *data.scales, data.interpolation, data.reduced_dct), center
 
@@ -220,7 +224,7 @@ def _stream_statistics(
     """(mean, standard deviation) as ``data.mean`` and ``data.std`` ask; both are of what evaluation would see."""
     wants_mean = data.mean in ("pixel", "channel") and not data.mean_image
     if wants_mean or data.std == "channel":
-        fits = known is not None and known.image.shape[0] == view.size
+        fits = known is not None and known.view == repr(view)
         found = known if fits else training_statistics(
             train, view, worker_count(data.workers), cache_folder(data), skip_broken=data.on_error == "skip"
         )  # fmt: skip

@@ -17,6 +17,8 @@ from resnet_jax.data.decode import EXTENSIONS
 from resnet_jax.data.sources import Dataset
 from resnet_jax.errors import UsageError
 
+_SAMPLE = 256  # Files whose size and time stand for those of all.
+
 
 class Files:
     """Image files with their labels: ``Examples``. Millions of names are kept as one string of bytes."""
@@ -44,13 +46,13 @@ class Files:
 
     def fingerprint(self, stamps: bool) -> str:
         digest = hashlib.sha256(self._root + self._names + self._ends.tobytes() + self.labels.tobytes())
-        if stamps:
-            for i in range(len(self)):
-                try:
-                    status = os.stat(self.path(i))
-                except OSError as error:
-                    raise UsageError(f"{self.where(i)}: not readable ({error.strerror})") from error
+        for i in range(0, len(self), 1 if stamps else max(1, len(self) // _SAMPLE)):
+            try:
+                status = os.stat(self.path(i))
                 digest.update(b"%d %d " % (status.st_size, status.st_mtime_ns))
+            except OSError as error:
+                if stamps:
+                    raise UsageError(f"{self.where(i)}: not readable ({error.strerror})") from error
         return digest.hexdigest()
 
 
@@ -65,7 +67,8 @@ def open_folder(folder: str, labels: str) -> Dataset:
       UsageError: a folder or class that is missing or empty.
     """
     if not folder:
-        raise UsageError("data.source=image_folder needs data.dir, a folder with train/<class>/* and test/<class>/*")
+        raise UsageError("data.source=image_folder needs data.dir, a folder with train/<class>/* and val/<class>/* (or"
+                         " test/<class>/*)")  # fmt: skip
     root = pathlib.Path(folder).expanduser().resolve()
     if not root.is_dir():
         raise UsageError(f"data.dir={folder}: no such folder")
@@ -79,6 +82,10 @@ def open_folder(folder: str, labels: str) -> Dataset:
     classes = _classes(root / "train", labels)
     train = _list(root / "train", classes)
     flat = _flat_validation(root, root / test_name, classes)
+    if flat and set(classes) & set(_subfolders(root / test_name)):
+        raise UsageError(
+            f"{root / test_name}: images both in it ({flat.where(0)}) and in class folders; which are meant?"
+        )
     return Dataset(train, flat or _list(root / test_name, _known(root / test_name, root / "train", classes)), classes)
 
 
@@ -113,7 +120,8 @@ def _known(folder: pathlib.Path, train: pathlib.Path, classes: tuple[str, ...]) 
     """``classes``, once every folder of the test set is known to be a class of the training set."""
     found = _subfolders(folder)
     if not found:
-        raise UsageError(f"{folder}: no class folders in it (expected {folder.name}/<class>/*)")
+        raise UsageError(f"{folder}: no class folders in it (expected {folder.name}/<class>/*, or ImageNet's own"
+                         " ILSVRC2012_val_00000001.JPEG, ...)")  # fmt: skip
     for name in found:
         if not (train / name).is_dir():
             raise UsageError(f"{folder / name}: {name!r} is no class of the training set")

@@ -18,12 +18,12 @@ from resnet_jax.data.sources import Dataset, Examples, Images
 from resnet_jax.errors import UsageError
 
 
-def read_dataset(dataset: Dataset, size: int, workers: int, cache: pathlib.Path) -> Dataset:
+def read_dataset(dataset: Dataset, whole: Whole | None, workers: int, cache: pathlib.Path) -> Dataset:
     """Reads encoded examples, or their copy in the cache when no file was added, removed or changed.
 
     Args:
       dataset: of ``Examples``.
-      size: images are resized to squares of this side, in pixels; 0 wants them all of one size as they are.
+      whole: how images are resized; None wants them all of one size as they are.
       workers: threads that read.
       cache: folder for the copy.
 
@@ -34,14 +34,14 @@ def read_dataset(dataset: Dataset, size: int, workers: int, cache: pathlib.Path)
       UsageError: a file that is no image, sizes that differ, more images than fit in memory.
     """
     parts = (dataset.train, dataset.test)
-    key = repr((size, *(part.fingerprint(stamps=True) for part in parts)))
+    key = repr((whole, *(part.fingerprint(stamps=True) for part in parts)))
     path = cache / f"images-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     try:
         with np.load(path) as stored:
             arrays = [Images(stored[f"{part}_images"], stored[f"{part}_labels"]) for part in ("train", "test")]
         print(f"read {sum(map(len, arrays))} images from the cache {path}", flush=True)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # No copy, or a damaged one.
-        arrays = [_read(part, size, max(1, workers)) for part in parts]
+        arrays = [_read(part, whole, max(1, workers)) for part in parts]
         _store(path, arrays)
     if arrays[0].images.shape[1:] != arrays[1].images.shape[1:]:
         sizes = ["x".join(map(str, part.images.shape[1:3])) for part in arrays]
@@ -49,13 +49,13 @@ def read_dataset(dataset: Dataset, size: int, workers: int, cache: pathlib.Path)
     return Dataset(*arrays, dataset.classes)
 
 
-def _read(examples: Examples, size: int, workers: int) -> Images:
+def _read(examples: Examples, whole: Whole | None, workers: int) -> Images:
     """Decodes all examples in parallel (the decoders let go of the interpreter while they do)."""
 
     def pixels(i: int) -> tuple[np.ndarray, int]:
         try:
             content, label = examples[i]
-            return (Whole(size)(content, None) if size else decode(content)), label
+            return (whole(content, np.empty(0)) if whole else decode(content)), label
         except (OSError, BrokenImage) as error:
             raise UsageError(f"{examples.where(i)}: not a readable image ({error})") from error
 

@@ -41,7 +41,7 @@ class Examples(Protocol):
         """What a person calls the ``i``-th example: its file, or its place in one."""
 
     def fingerprint(self, stamps: bool) -> str:
-        """A string that differs for other data; ``stamps`` looks at every file's size and time too."""
+        """A string that differs for other data, by sizes and times of some files; ``stamps`` looks at all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +71,13 @@ class Statistics:
     Attributes:
       image: mean image, float32 [H, W, 3], over centre crops.
       mean, std: of each channel over all pixels of those crops, float32 [3].
+      view: which crops, where that is known.
     """
 
     image: np.ndarray
     mean: np.ndarray
     std: np.ndarray
+    view: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,9 @@ def cache_folder(data: ml_collections.ConfigDict) -> pathlib.Path:
 
 def worker_count(workers: int) -> int:
     """How many workers ``data.workers`` means: -1 is one for each core that this process may use."""
-    return len(os.sched_getaffinity(0)) if workers < 0 else workers
+    if workers >= 0:
+        return workers
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _digits(data: ml_collections.ConfigDict) -> Dataset:
@@ -183,4 +187,9 @@ def load_dataset(data: ml_collections.ConfigDict) -> Dataset:
         return dataset
     from resnet_jax.data.resident import read_dataset
 
-    return read_dataset(dataset, data.image_size, worker_count(data.workers), cache_folder(data))
+    if data.on_error == "skip":
+        raise UsageError("data.on_error=skip goes with data.placement=stream")
+    from resnet_jax.data.crops import Whole
+
+    whole = Whole(data.image_size, data.interpolation) if data.image_size else None
+    return read_dataset(dataset, whole, worker_count(data.workers), cache_folder(data))

@@ -27,14 +27,17 @@ class Sums:
 
     def __init__(self):
         self.count = 0
-        self.image: Any = np.uint64(0)  # [H, W, 3] after the first.
+        self.image: Any = np.uint64(0)  # uint64 [H, W, 3] after the first.
         self.squares: Any = np.zeros(3, np.uint64)
 
     def add(self, image: np.ndarray) -> None:
         """Takes one image in."""
+        if not self.count:
+            self.image = np.zeros(image.shape, np.uint64)
         self.count += 1
-        self.image = self.image + image
-        self.squares = self.squares + np.square(image, dtype=np.uint64).sum((0, 1), dtype=np.uint64)
+        np.add(self.image, image, out=self.image)
+        flat = image.reshape(-1, 3)
+        self.squares += np.einsum("ij,ij->j", flat, flat, dtype=np.uint64, casting="unsafe")
 
     def merge(self, other: "Sums") -> None:
         """Takes in what another has summed up."""
@@ -112,7 +115,7 @@ def training_statistics(
             pool.shutdown(cancel_futures=True)
             raise
     if sums.count < len(examples):
-        print(f"left {len(examples) - sums.count} images out of the mean that can't be read", flush=True)
+        print(f"{len(examples) - sums.count} images can't be read and were left out of the mean", flush=True)
     if not sums.count:
         raise UsageError("none of the training images can be read")
     statistics = sums.statistics()

@@ -4,15 +4,20 @@ Every pixel follows from (seed, epoch, example) and every batch from the step's 
 workers nor of hosts changes what is learnt, and there is no state to save.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 import dataclasses
+import errno
 import itertools
 import mmap
+import multiprocessing
 import os
 import signal
+import sys
+import threading
+import time
 from typing import Any, Protocol
 
-from absl import flags, logging
+from absl import flags
 import grain
 import numpy as np
 
@@ -22,10 +27,13 @@ from resnet_jax.data.order import Order
 from resnet_jax.errors import UsageError
 
 Batch = dict[str, np.ndarray]
+FIELDS = ("images", "labels", "index", "epoch", "valid")
 # Examples that a worker reads at a time: enough to make its own costs small, few enough to share a batch out.
 _PIECE = 128
 # So many unreadable images one after another are no accident, but a disk that is gone.
 _IN_A_ROW = 100
+# What a network file system may get over, and seconds to wait before each further try.
+_PASSING, _PAUSES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN), (0.2, 2.0, 10.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,25 +127,27 @@ class Reader:
         index, epoch = self.plan.piece(number)
         index, examples, size = index.copy(), self.views.examples, self.views.crop.size
         # Pages of its own, which go back when it is let go of; malloc would keep the largest batch of each thread.
-        memory = mmap.mmap(-1, len(index) * size * size * 3)
+        memory = mmap.mmap(-1, len(index) * size * size * 3, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         images = np.ndarray((len(index), size, size, 3), np.uint8, memory)
-        labels, valid, broken = np.zeros(len(index), np.int32), index >= 0, []
+        labels, valid, broken, in_a_row = np.zeros(len(index), np.int32), index >= 0, [], 0
         for row in np.flatnonzero(valid):
-            for attempt in itertools.count(1):
+            while True:
                 i = int(index[row])
                 uniforms = example_uniforms(self.seed, int(epoch[row]), i, self.views.crop.draws)
                 try:
-                    images[row], labels[row] = self.views(i, uniforms)
+                    images[row], labels[row] = self._patiently(i, uniforms)
+                    in_a_row = 0
                     break
                 except (OSError, BrokenImage) as error:
                     text = f"not a readable image ({getattr(error, 'strerror', None) or error})"
                     if self.broken == "raise":
                         hint = "data.on_error=skip leaves such images out"
                         raise UsageError(f"{examples.where(i)}: {text}; {hint}") from None
-                    if attempt == min(len(examples), _IN_A_ROW):
-                        raise UsageError(f"{examples.where(i)}: {text}, nor are {attempt - 1} before it") from None
+                    in_a_row += 1
+                    if in_a_row == (_IN_A_ROW if self.broken == "mask" else min(len(examples), _IN_A_ROW)):
+                        raise UsageError(f"{examples.where(i)}: {text}, nor are {in_a_row - 1} before it") from None
                     broken.append((examples.where(i), text))
                     if self.broken == "mask":
                         valid[row] = False
@@ -147,11 +157,27 @@ class Reader:
             "images": images, "labels": labels, "index": index, "epoch": epoch, "valid": valid, "broken": tuple(broken),
         }  # fmt: skip
 
+    def _patiently(self, i: int, uniforms: np.ndarray) -> tuple[np.ndarray, int]:
+        for pause in _PAUSES:
+            try:
+                return self.views(i, uniforms)
+            except OSError as error:
+                if error.errno not in _PASSING:
+                    raise
+                time.sleep(pause)
+        return self.views(i, uniforms)
 
-def _leave_interrupts(worker: int, workers: int) -> None:
-    """Ctrl-C reaches workers too; the process that trains decides what it means."""
+
+def _begin_worker(worker: int, workers: int) -> None:
+    """Leaves Ctrl-C, which reaches workers too, to the process that trains, and ends when that one does."""
     del worker, workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)  # It was killed: nobody is left to clean up after.
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 class Batches:
@@ -168,7 +194,7 @@ class Batches:
         workers: int,
         processes: bool,
         broken: dict[str, str] | None = None,
-        without: str = "",
+        fields: Collection[str] = FIELDS,
     ):
         """Starts to read.
 
@@ -179,9 +205,9 @@ class Batches:
           workers: how many read at a time; 0 reads when a batch is asked for.
           processes: whether they are processes; else threads.
           broken: takes what could not be read: where -> why.
-          without: an array of a batch that nobody needs.
+          fields: the arrays of a batch that are wanted.
         """
-        self._without = without
+        self._fields = fields
         self.broken: dict[str, str] = {} if broken is None else broken
         self._pieces = reader.plan.rows.pieces
         numbers = grain.MapDataset.range(first * self._pieces, end * self._pieces)
@@ -194,7 +220,7 @@ class Batches:
                 # Batches that nobody took are cleaned up at the end; nobody needs to be told.
                 os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
                 options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-                dataset = dataset.mp_prefetch(options, _leave_interrupts)
+                dataset = dataset.mp_prefetch(options, _begin_worker)
         else:
             ahead = max(workers, self._pieces)  # Beyond the piece that is waited for.
             dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=workers, prefetch_buffer_size=ahead))
@@ -218,12 +244,11 @@ class Batches:
         for piece in pieces:
             for where, reason in piece.pop("broken"):
                 if where not in self.broken:
-                    logging.warning("left out %s: %s", where, reason)
+                    print(f"left out {where}: {reason}", file=sys.stderr, flush=True)
                     self.broken[where] = reason
-            piece.pop(self._without, None)
         if len(pieces) == 1:
-            return pieces[0]
-        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+            return {name: pieces[0][name] for name in self._fields}
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in self._fields}
 
     def close(self) -> None:
         """Stops the workers."""

@@ -125,7 +125,8 @@ def count_groups(batch_norm: str, batch: int) -> int:
         raise UsageError(f"batch_norm {batch_norm!r} is unknown: global, per_device or group:N (as in group:32)")
     if batch % int(size):
         raise UsageError(
-            f"batch_norm={batch_norm}: a batch of {batch} does not divide into groups of {size}; global always does"
+            f"batch_norm={batch_norm}: a batch of {batch} does not divide into groups of {size};"
+            " model.batch_norm=global always does"
         )
     return batch // int(size)
 

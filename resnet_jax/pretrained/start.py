@@ -92,7 +92,7 @@ def with_preprocessing(
         return config, None
     config = config.copy_and_resolve_references()
     wanted = start.preprocessing
-    if config.data.crop != "whole":
+    if config.init.weights and config.data.crop != "whole":
         fields = {
             "data.image_size": wanted.image_size,
             "eval.resize": wanted.resize,

@@ -78,9 +78,9 @@ class Checkpoints:
             state = self._checkpointer.load(step, abstract)
             record = self._checkpointer.metadata(step).custom_metadata["record"]
         except (ValueError, KeyError, TypeError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise UsageError(
-                f"{self._checkpointer.directory}/{step}: not a checkpoint of this run ({reason})"
+                f"{self._checkpointer.directory}/{step}: damaged, or no checkpoint of this run; without it the same"
+                " command goes on from the one before"
             ) from error
         return state, json.loads(record)
 

@@ -63,7 +63,7 @@ class Training:
         self._many_steps = jax.jit(self._scan_steps, donate_argnums=0)
         between_events = math.gcd(config.log.every, config.eval.every, config.checkpoint.every)
         alone = task.streams or jax.default_backend() == "cpu"
-        self._dispatch = steps_per_dispatch or (1 if alone else between_events)
+        self._dispatch = 1 if task.streams else steps_per_dispatch or (1 if alone else between_events)
         self._saved_at = time.monotonic()
         self._rate = 0.0  # Steps a second in the last window,
         self._wait = 0.0  # and the share of the time that they waited for data, %.
@@ -193,16 +193,23 @@ class Training:
         """
         while step < until and stop.received is None:
             count = self._dispatch if step % self._dispatch == 0 and step + self._dispatch <= until else 1
-            try:
-                with self._window.waiting():
-                    chunk = list(itertools.islice(batches, count))
-            except UsageError as error:  # Data that can't be read.
-                stop.fail(error)
-                break
-            self._window.start(count)
             if self._task.streams:
-                state, metrics = self._one_step(state, chunk[0], self._task.resident)
-            elif count == 1:
+                try:
+                    batch = self._window.wait_for(batches)
+                except UsageError as error:  # Data that can't be read.
+                    stop.fail(error)
+                    break
+                self._window.start(1)
+                state, metrics = self._one_step(state, batch, self._task.resident)
+                self._window.add(metrics, 1)
+                # Each step that waits for the device holds a batch in its memory.
+                self._window.wait_for_all_but(self._config.data.prefetch)
+                step += 1
+                self._console.advance(step)
+                continue
+            chunk = list(itertools.islice(batches, count))
+            self._window.start(count)
+            if count == 1:
                 batch = distributed.shard_batch(self._mesh, chunk[0])
                 state, metrics = self._one_step(state, batch, self._task.resident)
             else:
@@ -210,8 +217,6 @@ class Training:
                 batch = distributed.shard_batch(self._mesh, stacked, axis=1)
                 state, metrics = self._many_steps(state, batch, self._task.resident)
             self._window.add(metrics, count)
-            if self._task.streams:  # Each step that waits for the device holds a batch in its memory.
-                self._window.wait_for_all_but(self._config.data.prefetch)
             step += count
             self._console.advance(step)
         return state, step
@@ -225,6 +230,7 @@ class Training:
         record.timed_seconds += seconds
         record.timed_steps += timed
         record.waited_seconds += waited
+        record.broken |= self._task.broken
         record.seconds = time.monotonic() - self._started
         if timed:
             self._rate, self._wait = timed / seconds, 100 * waited / seconds
@@ -240,7 +246,7 @@ class Training:
             "seconds": record.seconds,
         }
         if self._task.streams:
-            values |= {"data_wait": self._wait, "broken_images": len(self._task.broken)}
+            values |= {"data_wait_percent": self._wait, "broken_images": len(record.broken)}
         self._writer.write(step, values)
         self._console.progress(step, values["epoch"], values)
 
@@ -282,7 +288,10 @@ class Training:
     def _summary(self, step: int, record: Record) -> dict[str, Any]:
         """What is known of the training; the evaluation's figures come beside it."""
         speed = record.steps_per_second
-        streamed = {"data_wait": record.data_wait, "broken_images": len(self._task.broken)}
+        streamed = {
+            "data_wait_percent": record.data_wait_percent,
+            "broken_images": len(record.broken | self._task.broken),
+        }
         return {
             "model": self._task.name,
             "params": self._task.parameters,

@@ -111,8 +111,8 @@ class Console:
         if "train_top1_error" in values:
             shown.append(f"error {values['train_top1_error']:.2f}%")
         speed = f"{values['images_per_second']:,.0f} images/s"
-        if "data_wait" in values:
-            speed += f", {values['data_wait']:.0f}% waiting for data"
+        if "data_wait_percent" in values:
+            speed += f", {values['data_wait_percent']:.0f}% waiting for data"
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join([*shown, speed]))
             return

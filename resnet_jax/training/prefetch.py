@@ -49,7 +49,11 @@ class Prefetch(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        value, error = self._ready.get()
+        return self.get()
+
+    def get(self, timeout: float | None = None) -> T:
+        """The next result; ``queue.Empty`` where there is none within ``timeout`` seconds."""
+        value, error = self._ready.get(timeout=timeout)
         if error is not None:
             self._ready.put((None, error))  # For who asks again.
             raise error

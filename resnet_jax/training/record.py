@@ -1,12 +1,16 @@
 """What a run remembers of itself beside its arrays: running averages, times, the best evaluation."""
 
-from collections.abc import Iterator
-import contextlib
 import dataclasses
+import queue
 import time
+from typing import Any
 
 import jax
 import numpy as np
+
+from resnet_jax.training.prefetch import Prefetch
+
+_POLL = 0.002  # Seconds between two looks at whether the device is still busy.
 
 
 class Diverged(Exception):
@@ -36,6 +40,7 @@ class Record:
       seconds: time of the whole run.
       timed_seconds, timed_steps: time in training steps alone, without those that compile, and their number.
       waited_seconds: how much of that time the devices had nothing to do for want of data.
+      broken: examples that could not be read and were left out: where -> why.
     """
 
     epoch: int = 0
@@ -49,6 +54,7 @@ class Record:
     timed_seconds: float = 0.0
     timed_steps: int = 0
     waited_seconds: float = 0.0
+    broken: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def take_in(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
         """Adds the metrics of one step (counted from 1) that began in ``epoch``."""
@@ -78,7 +84,7 @@ class Record:
         return self.timed_steps / self.timed_seconds if self.timed_seconds else None
 
     @property
-    def data_wait(self) -> float | None:
+    def data_wait_percent(self) -> float | None:
         """Share of the training steps' time that they waited for data, %."""
         return 100 * self.waited_seconds / self.timed_seconds if self.timed_seconds else None
 
@@ -95,15 +101,19 @@ class Window:
         self._clock: float | None = None  # Runs while training steps do.
         self._seconds, self._timed, self._waited = 0.0, 0, 0.0
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Wraps what waits for data; it counts where the devices had done all that they were given meanwhile."""
-        begun = time.monotonic()
-        yield
-        spent = time.monotonic() - begun
-        idle = not self._pending or self._pending[-1]["loss"].is_ready()
-        if self._clock is not None and idle:
-            self._waited += spent
+    def wait_for(self, batches: Prefetch) -> Any:
+        """The next batch; the time that the devices have nothing to do meanwhile counts as waiting for data."""
+        idle_since = None
+        while True:
+            if idle_since is None and (not self._pending or self._pending[-1]["loss"].is_ready()):
+                idle_since = time.monotonic()
+            try:
+                batch = batches.get(timeout=_POLL if idle_since is None else None)
+            except queue.Empty:
+                continue
+            if idle_since is not None and self._clock is not None:
+                self._waited += time.monotonic() - idle_since
+            return batch
 
     def wait_for_all_but(self, dispatches: int) -> None:
         """Waits until at most so many dispatches are not done."""

@@ -1,8 +1,5 @@
 """The work directory: whose run it holds, and what is written there."""
 
-from collections.abc import Iterator
-import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -116,20 +113,3 @@ def open_workdir(workdir: pathlib.Path, values: dict[str, Any], data: dict[str, 
             np.save(workdir / MEAN, data["mean_image"])
     except OSError as error:
         raise UsageError(f"--workdir={workdir}: can't be written ({error.strerror or error})") from error
-
-
-@contextlib.contextmanager
-def lock(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps a second training out of the folder; let go of when the process ends, however it ends.
-
-    Raises:
-      UsageError: another process trains there.
-    """
-    with (workdir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"--workdir={workdir}: another process is training there") from error
-        except OSError:  # A file system without locks.
-            pass
-        yield

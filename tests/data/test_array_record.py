@@ -82,7 +82,7 @@ def test_what_was_written_is_read_from_several_shards(tmp_path, workers):
     for ours, theirs in ((found.train, data.train), (found.test, data.test)):
         assert isinstance(ours, Examples)
         assert [(content, label) for content, label, _ in read(ours)] == [theirs[i] for i in range(len(theirs))]
-    assert found.train.where(37) == f"{(tmp_path / 'out').resolve()}: 0037.png"
+    assert found.train.where(37) == f"{(tmp_path / 'out').resolve()}: class 1/0037.png"
 
 
 def test_shards_are_about_as_large_as_asked_for_and_cover_every_example_once(tmp_path):
@@ -167,7 +167,7 @@ def test_an_unfinished_folder_of_other_data_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(array_record, "_SAMPLE", 1)  # Planning reads the first example alone.
     with pytest.raises(KeyboardInterrupt):
         write(dataset(noise(4), fails={3: KeyboardInterrupt()}), tmp_path / "out", 1)
-    with pytest.raises(UsageError, match="begun with other data"):
+    with pytest.raises(UsageError, match="holds other data"):
         write(dataset(noise(4, seed=1)), tmp_path / "out", 1)
 
 
@@ -292,8 +292,10 @@ def test_a_folder_that_is_not_whole_is_a_usage_error(tmp_path, change, message):
 def test_no_folder_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match=r"needs data\.dir"):
         open_prepared("")
-    with pytest.raises(UsageError, match=r"python -m resnet_jax\.prepare"):
+    with pytest.raises(UsageError, match="nowhere: no such folder"):
         open_prepared(str(tmp_path / "nowhere"))
+    with pytest.raises(UsageError, match=r"python -m resnet_jax\.prepare"):
+        open_prepared(str(tmp_path))
 
 
 def test_a_pickled_copy_reads_the_same(tmp_path):

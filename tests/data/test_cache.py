@@ -220,6 +220,7 @@ def test_threads_that_ask_for_the_same_example_take_its_room_once():
     examples = Waiting([picture(0, 30, 40)])
     budget = Budget(1)
     views = CachedViews(examples, SCALE, budget)
+    budget = views._budget  # What it has of it.
     before = budget.left
     examples.barrier = Barrier(2)
     uniforms = np.zeros(SCALE.draws)

@@ -91,7 +91,7 @@ def test_resnet_50_trains_and_evaluates_on_them_with_the_command_of_the_readme(t
     assert "waiting for data" in result.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["step"], summary["examples"], summary["broken_images"]) == (3, 100, 0)
-    assert 0 <= summary["data_wait"] <= 100
+    assert 0 <= summary["data_wait_percent"] <= 100
     (training, _) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(training["train_loss"])
-    assert 0 <= training["data_wait"] <= 100
+    assert 0 <= training["data_wait_percent"] <= 100

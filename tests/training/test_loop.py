@@ -11,12 +11,13 @@ from resnet_jax.classification.task import Classification
 from resnet_jax.config import default_config, flatten
 from resnet_jax.distributed import make_mesh
 from resnet_jax.errors import UsageError
+from resnet_jax.locks import lock
 from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.run import run_classification
 from resnet_jax.training.checkpoints import load_run_weights
 from resnet_jax.training.loop import Training
-from resnet_jax.training.workdir import lock, open_workdir
+from resnet_jax.training.workdir import open_workdir
 
 TIMES = ("seconds", "seconds_per_step", "images_per_second")
 
@@ -69,7 +70,8 @@ def test_the_speed_is_known_where_every_dispatch_ends_in_a_log_line_and_an_evalu
 
 
 def test_a_second_training_in_the_same_folder_is_refused(tmp_path):
-    with lock(tmp_path), pytest.raises(UsageError, match="another process is training there"), lock(tmp_path):
+    held = functools.partial(lock, tmp_path / ".lock", "another process is training there")
+    with held(), pytest.raises(UsageError, match="another process is training there"), held():
         pass
 
 

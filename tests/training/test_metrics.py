@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import queue
 import sys
 import types
 
@@ -267,28 +268,41 @@ def test_the_console_prints_a_line_with_loss_error_rate_speed_and_time_left(caps
     assert out == "step 100/1000  epoch 2.5  loss 1.2346  error 45.68%  rate 0.1  12,346 images/s  ETA 1:00:00"
 
 
-class OnDevice:
-    """A metric that a device is still computing, or not."""
+class Device:
+    """A device that is done with what it was given at a time, and data that arrives at another."""
 
-    def __init__(self, ready: bool):
-        self.ready = ready
+    def __init__(self, busy_until: float, data_at: float):
+        self.now, self.busy_until, self.data_at = 102.0, busy_until, data_at
+
+    def monotonic(self) -> float:
+        return self.now
 
     def is_ready(self) -> bool:
-        return self.ready
+        return self.now >= self.busy_until
 
-    def block_until_ready(self) -> "OnDevice":
+    def block_until_ready(self) -> "Device":
         return self
 
+    def get(self, timeout: float | None) -> str:
+        if timeout is not None and self.now + timeout < self.data_at:
+            self.now += timeout
+            raise queue.Empty
+        self.now = max(self.now, self.data_at)
+        return "batch"
 
-@pytest.mark.parametrize(("ready", "waited"), [(True, 3.0), (False, 0.0)])
-def test_waiting_for_data_counts_only_where_the_device_has_nothing_to_do(ready, waited, monkeypatch):
-    clock = iter([100.0, 102.0, 105.0, 110.0, 110.0])
-    monkeypatch.setattr(record_lib, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+
+@pytest.mark.parametrize(
+    ("busy_until", "data_at", "waited"),
+    [(102, 105, 3.0), (104, 105, 1.0), (106, 105, 0.0), (102, 102, 0.0)],
+    ids=["idle", "idle from 104 on", "busy", "data at hand"],
+)
+def test_waiting_for_data_is_the_time_that_the_device_has_nothing_to_do(busy_until, data_at, waited, monkeypatch):
+    device = Device(busy_until, data_at)
+    monkeypatch.setattr(record_lib, "time", device)
     monkeypatch.setattr(record_lib.jax, "device_get", lambda pending: [{"loss": 0.0} for _ in pending])
     window = Window()
     window.start(1)
-    window.add({"loss": OnDevice(True)}, 1)  # Compiles; the clock starts behind it, at 100.
-    window._pending = [{"loss": OnDevice(ready)}]
-    with window.waiting():  # From 102 to 105.
-        pass
-    assert window.take()[1:] == (10.0, 0, waited)
+    window.add({"loss": device}, 1)  # Compiles; the clock starts behind it, at 102.
+    assert window.wait_for(device) == "batch"
+    # To within a look at the device.
+    assert window.take()[3] == pytest.approx(waited, abs=2 * record_lib._POLL)

@@ -101,9 +101,9 @@ def test_scale_crops_train_the_same_whatever_reads_them_and_after_a_stop(folder,
     train(settings(folder, **recipe, **cached, steps=3), tmp_path / "cached")
     records, _ = train(settings(folder, **recipe, **cached), tmp_path / "cached")  # Goes on from step 3.
     assert_same_weights(tmp_path / "none", tmp_path / "cached")
-    logged = [record for record in records if "data_wait" in record]
+    logged = [record for record in records if "data_wait_percent" in record]
     assert [record["step"] for record in logged] == [3, 4, 8]
-    assert all(0 <= record["data_wait"] <= 100 for record in logged)
+    assert all(0 <= record["data_wait_percent"] <= 100 for record in logged)
 
 
 def test_a_broken_image_stops_the_run_names_the_file_and_keeps_what_was_learnt(folder, tmp_path, capsys):
