@@ -4,13 +4,14 @@ A folder holds ``<split>-00000-of-00016.array_record``, whose records are msgpac
 was), ``label`` and ``name``, ``index.json`` (classes, splits, examples in each shard) and ``mean.npy``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 import json
 import os
 import pathlib
 import sys
 import threading
+from typing import NamedTuple
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -28,8 +29,16 @@ from resnet_jax.locks import lock
 INDEX, MEAN = "index.json", "mean.npy"
 _UNFINISHED = ".unfinished"  # What is needed to go on, until all shards are written.
 _SAMPLE = 256  # Examples whose size says how many shards there are.
-# A shard to write: its name, the examples, the first and the one after the last, and the view that its mean is of.
-_Task = tuple[str, Examples, int, int, CenterCrop | None]
+
+
+class _Task(NamedTuple):
+    """A shard to write: its name, whose examples from ``start`` to before ``stop``, and the view its mean is of."""
+
+    name: str
+    part: Examples
+    start: int
+    stop: int
+    view: CenterCrop | None
 
 
 class Shards:
@@ -138,13 +147,13 @@ def write(
             raise UsageError(f"the {split} set has no images")
     unfinished = folder / _UNFINISHED
     tasks = [
-        (name, part, start, stop, mean if split == "train" else None)
+        _Task(name, part, start, stop, mean if split == "train" else None)
         for split, part in (("train", dataset.train), ("test", dataset.test))
         for name, start, stop in _shards(split, part, shard_megabytes)
     ]
     plan = {
         "source": [part.fingerprint(stamps=False) for part in (dataset.train, dataset.test)],
-        "shards": [name for name, *_ in tasks],
+        "shards": [task.name for task in tasks],
         "mean": repr(mean),
     }
     if _claim(folder, plan):
@@ -159,52 +168,63 @@ def write(
 
 def _write_shards(tasks: list[_Task], folder: pathlib.Path, workers: int, skip_broken: bool) -> None:
     """Writes the shards that are not there yet, several at a time."""
-    unfinished = folder / _UNFINISHED
-    stop_all = threading.Event()
+    stop = threading.Event()
 
-    def one(name: str, part: Examples, start: int, stop: int, view: CenterCrop | None) -> None:
-        if (unfinished / f"{name}.npz").is_file():
-            bar.update(stop - start)
-            return
-        sums, skipped = Sums(), []
-        partial = folder / f".{name}.partial"
-        writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")  # Random access; images don't compress.
-        for i in range(start, stop):
-            if stop_all.is_set():
-                return
-            try:
-                content, label = part[i]
-                pixels = view(content, None) if view else None
-            except (OSError, BrokenImage) as error:
-                if not skip_broken:
-                    raise UsageError(f"{part.where(i)}: not a readable image ({error});"
-                                     " --on_error=skip leaves such files out") from error  # fmt: skip
-                skipped.append(part.where(i))
-            else:
-                if pixels is not None:
-                    sums.add(pixels)
-                place = "/".join(part.where(i).split("/")[-2:])  # Its class and its own name.
-                writer.write(msgpack.packb({"image": content, "label": label, "name": place}))
-            bar.update()
-        writer.close()
-        os.replace(partial, folder / name)
-        sums.save(unfinished / f"{name}.npz", written=stop - start - len(skipped), skipped=skipped)
+    def one(task: _Task) -> None:
+        try:
+            _write_shard(task, folder, skip_broken, stop, bar.update)
+        except BaseException:
+            stop.set()
+            raise
 
-    total = sum(stop - start for _, _, start, stop, _ in tasks)
+    total, shown = sum(task.stop - task.start for task in tasks), sys.stderr.isatty()
     with (
-        tqdm.tqdm(
-            total=total, desc=f"writing {len(tasks)} shards", unit=" images", disable=not sys.stderr.isatty()
-        ) as bar,
+        tqdm.tqdm(total=total, desc=f"writing {len(tasks)} shards", unit=" images", disable=not shown) as bar,
         ThreadPoolExecutor(max(1, workers)) as pool,
     ):
-        futures = [pool.submit(one, *task) for task in tasks]
+        futures = [pool.submit(one, task) for task in tasks]
         try:
             for future in as_completed(futures):
                 future.result()
         except BaseException:  # Ctrl-C too.
-            stop_all.set()
+            stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _write_shard(
+    task: _Task, folder: pathlib.Path, skip_broken: bool, stop: threading.Event, advance: Callable[[int], None]
+) -> None:
+    """Writes one shard unless it is there; breaks off, with nothing written, when told to stop."""
+    done = folder / _UNFINISHED / f"{task.name}.npz"
+    if done.is_file():
+        advance(task.stop - task.start)
+        return
+    sums, skipped = Sums(), []
+    partial = folder / f".{task.name}.partial"
+    writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")  # Random access; images don't compress.
+    for i in range(task.start, task.stop):
+        if stop.is_set():
+            return
+        where = task.part.where(i)
+        try:
+            content, label = task.part[i]
+            pixels = task.view(content, np.empty(0)) if task.view else None
+        except (OSError, BrokenImage) as error:
+            if not skip_broken:
+                raise UsageError(
+                    f"{where}: not a readable image ({error}); --on_error=skip leaves such files out"
+                ) from error
+            skipped.append(where)
+        else:
+            if pixels is not None:
+                sums.add(pixels)
+            name = "/".join(where.split("/")[-2:])  # Its class and its own.
+            writer.write(msgpack.packb({"image": content, "label": label, "name": name}))
+        advance(1)
+    writer.close()
+    os.replace(partial, folder / task.name)
+    sums.save(done, written=task.stop - task.start - len(skipped), skipped=skipped)
 
 
 def _shards(split: str, part: Examples, megabytes: int) -> Iterator[tuple[str, int, int]]:
