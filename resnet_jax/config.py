@@ -56,13 +56,16 @@ FIELDS = (
     Field("model.name", "cifar_resnet20", "", "The network: a name of `python -m resnet_jax.summary`."),
     Field("model.num_classes", 0, "classes", "Length of the logits; 0 takes the data's number of classes.",
           NOT_NEGATIVE),
-    Field("model.batch_norm", "global", "", "Examples that share BN statistics: global, per_device or group:N."),
+    Field("model.batch_norm", "global", "", "Examples that share BN statistics: global, per_device or group:N; frozen"
+          " keeps the statistics that the weights came with."),
     Field("model.batch_norm_momentum", 0.9, "", "Share of the running statistics that a step keeps (1 - torch's).",
           SHARE),
     Field("model.dtype", "auto", "", "Compute dtype: auto (bfloat16 on TPU and GPU, else float32), bfloat16,"
           " float32 or float64."),
     Field("model.init_fan", "fan_out", "", "He initialisation by fan_out (fb.resnet.torch) or fan_in (Caffe).",
           ("fan_out", "fan_in")),
+    Field("model.freeze_at", 0, "", "What training leaves as it is: 1 the stem, 2 stage 1 too, ...; 0 nothing (residual"
+          " nets).", NOT_NEGATIVE),
     Field("model.zero_init_last", False, "", "Start the last BN scale of each block at zero (residual nets)."),
     Field("data.source", "digits", "", "Where images come from: digits, cifar, image_folder, tfds, array_record (what"
           " `python -m resnet_jax.prepare` writes) or ilsvrc (ImageNet's tar files)."),
@@ -127,6 +130,7 @@ FIELDS = (
     Field("optimizer.ema", 0.0, "", "Decay of an average of the weights and BN statistics that is evaluated in"
           " their place, from the first step on; 0: none.",
           SHARE),
+    Field("optimizer.head_rate", 1.0, "", "The classifier's learning rate, times the others'.", POSITIVE),
     Field("schedule.name", "steps", "", "constant, steps, linear, cosine or plateau.",
           ("constant", "steps", "linear", "cosine", "plateau")),
     Field("schedule.learning_rate", 0.1, "", "Learning rate after warm-up.", POSITIVE),
@@ -146,6 +150,8 @@ FIELDS = (
     Field("schedule.warmup_error", 0.0, "%", "Hold schedule.warmup_rate until the training error (averaged over about"
           " the last 20 steps) is below this; 0: off.", NOT_NEGATIVE),
     Field("eval.every", 0, "iterations", "Evaluate so often; 0: only at the end.", NOT_NEGATIVE, recipe=False),
+    Field("eval.patience", 0, "evaluations", "Stop after so many without a better error; 0: train to the end.",
+          NOT_NEGATIVE, recipe=False),
     Field("eval.batch_size", 1000, "images", "Images a step in evaluation.", POSITIVE, recipe=False),
     Field("eval.resize", 256, "pixels", "Shorter side, where training sees crops; the middle is evaluated.",
           POSITIVE, recipe=False),
@@ -165,6 +171,8 @@ FIELDS = (
           recipe=False),
     Field("init.weights", "", "path", "Start from these weights: a .safetensors or torch file (torchvision's, timm's,"
           " akamaster's or ours) or the work directory of a run. They bring their preprocessing."),
+    Field("init.head", "keep", "", "The classifier of init.weights: keep it, or replace it by a new one for the data's"
+          " classes.", ("keep", "replace")),
 )  # fmt: skip
 
 
@@ -317,6 +325,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UsageError(f"the length of the training is epochs or steps; {both} set")
     if config.optimizer.nesterov and config.optimizer.momentum_style == "caffe":
         raise UsageError("optimizer.nesterov=true goes with optimizer.momentum_style=torch")
+    if config.eval.patience and not config.eval.every:
+        raise UsageError("eval.patience counts evaluations: set eval.every")
     if config.schedule.name == "plateau" and not config.eval.every:
         raise UsageError("schedule.name=plateau looks at evaluations: set eval.every")
 

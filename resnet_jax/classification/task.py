@@ -5,6 +5,7 @@ from functools import partial
 import math
 from typing import Any
 
+from flax import linen as nn, traverse_util
 import jax
 from jax import numpy as jnp
 import ml_collections
@@ -70,10 +71,15 @@ class Classification:
         self._model = create_model(num_classes=classes, **settings)
         train = self._feeds["train"]
         self._image_shape = train.image_shape
-        self._optimizer = make_optimizer(config.optimizer)
+        self._optimizer = make_optimizer(config.optimizer, _rate_factors(config, self._model))
         shapes = self._shapes()
         self._weights = start.variables if start else None
         if self._weights:
+            if config.init.head == "replace":
+                kept = {name: part for name, part in self._weights["params"].items() if name != "head"}
+                self._weights = {**self._weights, "params": kept}
+                names = f"{', '.join(self.classes[:5])}{', ...' if classes > 5 else ''}"
+                print(f"weights of {start.title}; a new head for {classes} classes ({names})", flush=True)
             check_weights(self._weights, shapes, config)
         self._eval_step = jax.jit(steps.make_eval_step(self._model))
 
@@ -108,7 +114,11 @@ class Classification:
         state = jax.jit(self._new_state, out_shardings=distributed.replicated(self._mesh))()
         if not self._weights:
             return state
-        weights = jax.tree.map(lambda new, old: new.astype(old.dtype), self._weights, _weights_of(state))
+        new = traverse_util.flatten_dict(_weights_of(state))
+        given = {
+            path: array.astype(new[path].dtype) for path, array in traverse_util.flatten_dict(self._weights).items()
+        }
+        weights = traverse_util.unflatten_dict(new | given)  # A new head is not among those given.
         average = distributed.replicate(self._mesh, weights) if state.average else None
         return state.replace(**distributed.replicate(self._mesh, weights), average=average)
 
@@ -181,8 +191,18 @@ class Classification:
 def _model_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
     """``create_model``'s arguments as ``config.model`` says."""
     names = ("name", "dtype", "init_fan", "batch_norm", "batch_norm_momentum")
-    # Only residual networks know zero_init_last.
-    return {name: model[name] for name in names} | ({"zero_init_last": True} if model.zero_init_last else {})
+    # Only residual networks know these.
+    residual = {name: model[name] for name in ("zero_init_last", "freeze_at") if model[name]}
+    return {name: model[name] for name in names} | residual
+
+
+def _rate_factors(config: ml_collections.ConfigDict, model: nn.Module) -> dict[str, float]:
+    """By what the learning rate of each of the network's modules is multiplied, where that is not 1."""
+    frozen, parts = config.model.freeze_at, ["stem", *(f"stage{i + 1}" for i in range(len(model.blocks)))]
+    if frozen > len(parts):
+        raise UsageError(f"model.freeze_at={frozen}: {config.model.name} has a stem and {len(model.blocks)} stages")
+    head = {} if config.optimizer.head_rate == 1 else {"head": config.optimizer.head_rate}
+    return dict.fromkeys(parts[:frozen], 0.0) | head
 
 
 def _check_groups(config: ml_collections.ConfigDict, devices: int) -> None:
@@ -204,6 +224,12 @@ def check_weights(weights: dict[str, Any], state: TrainState, config: ml_collect
         for tree in (weights, _weights_of(state))
     )
     where = f"init.weights={config.init.weights} does not fit model.name={config.model.name}"
+    head = "params/head/bias"
+    if config.init.head == "replace":
+        wanted = {name: array for name, array in wanted.items() if not name.startswith("params/head/")}
+    elif head in given and given[head].shape != wanted[head].shape:
+        raise UsageError(f"init.weights={config.init.weights} has {len(given[head])} classes and the data have"
+                         f" {wanted[head].shape[0]}; --config.init.head=replace gives it a new classifier")  # fmt: skip
     for name in sorted(wanted.keys() ^ given.keys()):
         raise UsageError(f"{where}: {name} is {'missing' if name in wanted else 'not part of the network'}")
     for name, array in wanted.items():

@@ -113,7 +113,7 @@ def count_groups(batch_norm: str, batch: int) -> int:
     ``global`` is one group; ``per_device`` one per device of the mesh in force (``jax.set_mesh``);
     ``group:N`` is N examples a group, whichever device they lie on.
     """
-    if batch_norm == "global":
+    if batch_norm in ("global", "frozen"):
         return 1
     if batch_norm == "per_device":
         groups = dict(jax.sharding.get_abstract_mesh().shape).get(BATCH_AXIS, 1)
@@ -122,7 +122,9 @@ def count_groups(batch_norm: str, batch: int) -> int:
         return groups
     name, _, size = batch_norm.partition(":")
     if name != "group" or not size.isdecimal() or int(size) < 1:
-        raise UsageError(f"batch_norm {batch_norm!r} is unknown: global, per_device or group:N (as in group:32)")
+        raise UsageError(
+            f"batch_norm {batch_norm!r} is unknown: global, per_device, group:N (as in group:32) or frozen"
+        )
     if batch % int(size):
         raise UsageError(
             f"batch_norm={batch_norm}: a batch of {batch} does not divide into groups of {size};"
@@ -152,7 +154,7 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros_init(), channels, dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, dtype)
-        if not train:
+        if not train or self.batch_norm == "frozen":  # Fine-tuning may leave the statistics as they came.
             y = (x - running_mean.value) * (scale * jax.lax.rsqrt(running_var.value + self.epsilon)) + bias
             return y.astype(self.dtype)
 

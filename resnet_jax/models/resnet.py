@@ -67,7 +67,10 @@ class ResNet(nn.Module):
       zero_init_last: start each block's last BN scale at zero, so that blocks begin as identities.
       gate_bias: initial bias of the gates; negative, so that gated blocks begin near the identity.
       init_fan: He's fan, ``fan_out`` or ``fan_in``.
-      batch_norm: over which examples statistics are taken: ``global``, ``per_device`` or ``group:N``.
+      batch_norm: over which examples statistics are taken: ``global``, ``per_device`` or ``group:N``; ``frozen`` uses
+        the running ones in training too and leaves them as they are.
+      freeze_at: how much of the network training leaves as it is, statistics too: 0 nothing, 1 the stem, 2 the stem and
+        stage 1, ... (as detectron2 counts).
       batch_norm_momentum: how much of the running statistics a step keeps.
       dtype: compute dtype.
     """
@@ -86,6 +89,7 @@ class ResNet(nn.Module):
     init_fan: str = "fan_out"
     batch_norm: str = "global"
     batch_norm_momentum: float = 0.9
+    freeze_at: int = 0
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -110,10 +114,13 @@ class ResNet(nn.Module):
 
     def features(self, images: jax.Array, train: bool = False) -> dict[str, jax.Array]:
         """The outputs of ``stem`` and of every stage (``stage1``, ...), each [N, H', W', C']."""
-        x = self.stem_layers(images.astype(self.dtype), train)
-        outputs = {"stem": x}
-        for i, stage in enumerate(self.stages, start=1):
-            x = outputs[f"stage{i}"] = stage(x, train)
+        x, outputs = images.astype(self.dtype), {}
+        for i, part in enumerate((self.stem_layers, *self.stages)):
+            frozen = i < self.freeze_at
+            x = part(x, train and not frozen)
+            if frozen:
+                x = jax.lax.stop_gradient(x)
+            outputs[f"stage{i}" if i else "stem"] = x
         return outputs
 
     def stage(self, x: jax.Array, number: int, train: bool = False) -> jax.Array:

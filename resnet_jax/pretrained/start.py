@@ -22,6 +22,8 @@ def starting_weights(config: ml_collections.ConfigDict) -> Pretrained | None:
     """
     source = config.init.weights
     if not source:
+        if config.init.head == "replace":
+            raise UsageError("init.head=replace goes with init.weights: set --config.init.weights=FILE")
         return None
     path = pathlib.Path(source).expanduser()
     if not path.exists():

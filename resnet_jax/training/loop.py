@@ -79,7 +79,7 @@ class Training:
           The process's exit status.
         """
         state, step, record = self._resume()
-        if self._finished(step):
+        if self._finished(step, record.stopped):
             return 0
         self._writer = MetricsWriter(
             self._workdir, step, self._config.log.tensorboard, evaluated=record.evaluated == step
@@ -122,9 +122,10 @@ class Training:
         state, record = self._checkpoints.restore(state, step)
         return state, step, Record(**record)
 
-    def _finished(self, step: int) -> bool:
+    def _finished(self, step: int, stopped: bool) -> bool:
         summary = read_json(self._workdir / "summary.json")
-        if step >= self._task.total_steps and summary and summary.get("step") == step:
+        ended = step >= self._task.total_steps or stopped
+        if ended and summary and summary.get("step") == step:
             self._console.line(f"{self._workdir} is finished: step {step}, {_describe(summary)}")
             return True
         if step:
@@ -145,7 +146,7 @@ class Training:
             improved = False
             if self._evaluation_due(step) and step != record.evaluated:  # Stopped between a step and its evaluation.
                 state, improved = self._evaluate(state, step, record, stop.poll)
-            while step < end:
+            while step < end and not record.stopped:
                 if improved or self._checkpoint_due(step):
                     self._save(state, step, record)
                 logged = _next_multiple(step, config.log.every, end)
@@ -265,8 +266,12 @@ class Training:
         self._console.line(f"step {step}  {self._task.validation}: {_describe(evaluation.metrics)}")
         record.evaluated = step
         improved = record.best is None or error < record.best
+        record.stale = 0 if improved else record.stale + 1
         if improved:
             record.best, record.best_step = error, step
+        elif record.stale == self._config.eval.patience:
+            record.stopped = True
+            self._console.line(f"stopping early: {record.stale} evaluations without less than {record.best:.2f}%")
         return self._task.after_evaluation(state, error), improved
 
     def _checkpoint_due(self, step: int) -> bool:

@@ -1,5 +1,7 @@
 """SGD with momentum as optax transformations, the paper's and Caffe's variant."""
 
+from collections.abc import Mapping
+
 import jax
 import ml_collections
 import optax
@@ -20,11 +22,28 @@ def kernels_only(params: optax.Params) -> optax.Params:
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
+def scale_modules(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of whole modules, by their names (``stem``, ``stage1``, ``head``), by a factor."""
+
+    def update(updates, state, params=None):
+        del params
+        scaled = jax.tree.map_with_path(lambda path, u: factors.get(path[0].key, 1.0) * u, updates)
+        return scaled, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, factors: Mapping[str, float] | None = None
+) -> optax.GradientTransformationExtraArgs:
     """SGD as ``config.optimizer`` says; ``update(grads, state, params, learning_rate=rate)``.
 
     torch and optax keep the rate outside the velocity (v <- m v + g; w <- w - rate v), Caffe keeps it inside
     (v <- m v + rate g; w <- w - v).
+
+    Args:
+      config: the config's section.
+      factors: of the learning rate, by the names of the network's modules; 0 leaves a module as it is.
     """
     momentum = optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity()
     rate = scale_by_given_rate()
@@ -35,4 +54,6 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         mask = kernels_only if config.decay == "kernels" else None
         parts.append(optax.add_decayed_weights(config.weight_decay, mask))
     parts += [rate, momentum] if config.momentum_style == "caffe" else [momentum, rate]
+    if factors:
+        parts.append(scale_modules(factors))
     return optax.with_extra_args_support(optax.chain(*parts))

@@ -40,6 +40,7 @@ class Record:
       seconds: time of the whole run.
       timed_seconds, timed_steps: time in training steps alone, without those that compile, and their number.
       waited_seconds: how much of that time the devices had nothing to do for want of data.
+      stale: evaluations since the best one; stopped: whether they were too many.
       broken: examples that could not be read and were left out: where -> why.
     """
 
@@ -54,6 +55,8 @@ class Record:
     timed_seconds: float = 0.0
     timed_steps: int = 0
     waited_seconds: float = 0.0
+    stale: int = 0
+    stopped: bool = False
     broken: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def take_in(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
