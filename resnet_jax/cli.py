@@ -35,13 +35,14 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
     return rest, overrides
 
 
-def run(main: Callable[[list[tuple[str, str]]], int | None], usage: str, needs: Sequence[str] = ()) -> None:
+def run(main: Callable[..., int | None], usage: str, needs: Sequence[str] = (), takes_arguments: bool = False) -> None:
     """Runs an entry point: parses the flags, calls ``main(overrides)``, and exits with what it returns.
 
     Args:
       main: the entry point; ``overrides`` are the config fields that the command line sets.
       usage: what ``--help`` says first.
       needs: flags that must be given.
+      takes_arguments: whether arguments that are no flags are meant: ``main(overrides, arguments)`` gets them.
     """
     overrides: list[tuple[str, str]] = []
     sys.modules["__main__"].__doc__ = usage
@@ -56,12 +57,12 @@ def run(main: Callable[[list[tuple[str, str]]], int | None], usage: str, needs: 
 
     def body(argv: Sequence[str]) -> int:
         try:
-            if len(argv) > 1:
+            if len(argv) > 1 and not takes_arguments:
                 raise UsageError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
             for name in needs:
                 if not flags.FLAGS[name].value:
                     raise UsageError(f"--{name} is needed; --help says more")
-            return main(overrides) or 0
+            return (main(overrides, list(argv[1:])) if takes_arguments else main(overrides)) or 0
         except UsageError as error:
             _fail(error)
         except KeyboardInterrupt:

@@ -36,14 +36,13 @@ def main(overrides: list[tuple[str, str]]) -> int:
     print(f"{FLAGS.weights}: {model}, {weights.title}")
     if output.suffix == ".stablehlo":
         program.save_program(output, model, weights)
-        print(f"{output}: uint8 images [N, {program.input_size(model, weights)}, ..., 3] -> logits")
+        size = program.input_size(model, weights)
+        print(f"{output}: uint8 images [N, {size}, {size}, channels] -> logits")
     else:
         save.save_safetensors(output, model, weights)
-        names = save.torchvision_names(model)
-        print(
-            f"{output}: {'torchvision' if names else 'our'} names"
-            + ("" if names else ", since torchvision has no such network")
-        )
+        known = save.torchvision_names(model)
+        names = "torchvision's names" if known else "our names, since torchvision has no such network"
+        print(f"{output}: {names}")
     return 0
 
 

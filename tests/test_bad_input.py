@@ -163,7 +163,7 @@ def test_a_mistaken_field_is_named_with_what_would_be_right(override, parts, tmp
         ("model.name=cifar_resnet21", ["'cifar_resnet21'", "6n + 2", "'cifar_resnet20'"]),
         ("model.dtype=float8", ["float8", "bfloat16"]),
         ("model.init_fan=fan_it", ["model.init_fan=fan_it", "fan_out, fan_in"]),
-        ("model.batch_norm=local", ["local", "global, per_device or group:N"]),
+        ("model.batch_norm=local", ["local", "global, per_device, group:N"]),
         ("model.batch_norm=group:48", ["group:48", "64", "48"]),
         ("model.num_classes=7", ["model.num_classes=7", "digits", "10 classes"]),
         ("batch_size=100", ["batch_size=100", "8 devices"]),

@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 ENTRY_POINTS = {
     "resnet_jax.main": ("--config", "--workdir", "--mode", "--config.model.name", "--config.batch_size"),
     "resnet_jax.convert": ("--model", "--weights", "--output"),
+    "resnet_jax.predict": ("--workdir", "--weights", "--model", "--json", "--features", "--heatmap"),
     "resnet_jax.prepare": ("--source", "--data_dir", "--output", "--workers", "--on_error"),
     "resnet_jax.summary": ("--models", "--image_size"),
 }

@@ -26,7 +26,7 @@ _ANTIALIASED = {
     "area": Image.Resampling.BOX,
 }
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-_LARGE = 4_000_000  # Pixels of a resized image of which only the crop is computed, whatever the method: a long strip.
+_LARGE = 4_000_000  # Resized images of more pixels than this are long strips: only the crop is computed.
 _STRIP, _NEAR = 10_000, 256  # Resized pixels that may be computed in vain, and source pixels to look at then.
 _MARGIN = 3  # Pixels beside a sampling point that an interpolation may look at.
 
@@ -180,16 +180,15 @@ def resize_antialiased(
       pixels: the image.
       height, width: of the resized image, pixels.
       interpolation: one of ``INTERPOLATIONS``.
-      crop: (top, left, size), to give only this square of the resized image, to within a grey level.
+      crop: (top, left, size), to give only this square of the resized image.
     """
     source_height, source_width = pixels.shape[:2]
     image, method = Image.fromarray(pixels), _ANTIALIASED[interpolation]
     if crop is None:
         return np.asarray(image.resize((width, height), method))
     top, left, size = crop
-    exact = interpolation == "bilinear" and height <= source_height
-    if not exact and height * width < _LARGE:
-        # Pillow clips between its two passes, whose order depends on what is asked for; it shows in overshoots.
+    if height * width < _LARGE:
+        # Pillow rounds and clips between its two passes, whose order depends on what is asked for: all is computed.
         return np.asarray(image.resize((width, height), method))[top : top + size, left : left + size]
     across, down = source_width / width, source_height / height
     right, bottom = min(source_width, (left + size) * across), min(source_height, (top + size) * down)

@@ -100,7 +100,9 @@ def read_pretrained(source: str, model: str) -> Pretrained:
             mean_image,
         )
     default = preprocessing_lib.CIFAR if default_input(model)[0] == 32 else preprocessing_lib.TORCHVISION
-    return Pretrained(settings, variables, preprocessing_lib.beside(path) or default, None, names.title)
+    classes = variables["params"]["head"]["bias"].shape[0]
+    known = names.classes if names.classes and len(names.classes) == classes else None
+    return Pretrained(settings, variables, preprocessing_lib.beside(path) or default, known, names.title)
 
 
 def _recognise(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> names_lib.Names | None:

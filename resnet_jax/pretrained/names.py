@@ -46,10 +46,12 @@ class Names:
     Attributes:
       title: what people call it.
       rows: our modules' names and theirs.
+      classes: what the logits mean, where files of this format are of one data set.
     """
 
     title: str
     rows: Rows
+    classes: tuple[str, ...] | None = None
 
     def theirs(self, path: str) -> str:
         """Their name of our array, as ``params/stage1/block1/conv1/kernel``."""
@@ -83,6 +85,7 @@ class Names:
 
 
 TORCHVISION = Names("torchvision's and timm's ResNets", _RESNET | {"head": lambda: "fc"})
-AKAMASTER = Names("akamaster's CIFAR ResNets", _RESNET | {"head": lambda: "linear"})
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+AKAMASTER = Names("akamaster's CIFAR ResNets", _RESNET | {"head": lambda: "linear"}, _CIFAR10)
 VGG = Names("torchvision's VGG-16", _vgg(normalised=False))
 VGG_BN = Names("torchvision's VGG-16 with BN", _vgg(normalised=True))

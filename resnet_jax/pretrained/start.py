@@ -104,7 +104,8 @@ def with_preprocessing(
             if name not in explicit:
                 section, field = name.split(".")
                 config[section][field] = value
-    if {"data.mean", "data.std", "data.mean_image"} & set(explicit):
+    resumes = start.variables is None  # With the same recipe, so with the mean that it was trained with.
+    if not resumes and {"data.mean", "data.std", "data.mean_image"} & set(explicit):
         return config, None
     image, size = start.mean_image, config.data.image_size
     # Where images have another size the mean image's own mean takes its place.

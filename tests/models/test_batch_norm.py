@@ -86,7 +86,7 @@ def test_statistics_are_float32_for_bfloat16_activations(inputs):
 
 @pytest.mark.parametrize(
     ("batch_norm", "message"),
-    [("group:5", "does not divide into groups of 5"), ("batch", "is unknown: global, per_device or group:N"),
+    [("group:5", "does not divide into groups of 5"), ("batch", "is unknown: global, per_device, group:N"),
      ("group:0", "is unknown"), ("group:", "is unknown")],
 )  # fmt: skip
 def test_a_wrong_setting_is_one_clear_line(inputs, batch_norm, message):

@@ -1,0 +1,170 @@
+"""What a trained network says of pictures: classes, features, and where it looks."""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+import glob
+import importlib.resources
+import io
+import os
+import pathlib
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+from PIL import Image, ImageOps
+
+from resnet_jax.data.augment import normalise
+from resnet_jax.data.crops import CenterCrop
+from resnet_jax.data.decode import EXTENSIONS, BrokenImage, decode
+from resnet_jax.errors import UsageError
+from resnet_jax.models.registry import create_model
+from resnet_jax.pretrained.load import Pretrained
+from resnet_jax.pretrained.preprocessing import Preprocessing
+
+_ORIENTATION = 274  # The EXIF tag.
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What is said of one picture.
+
+    Attributes:
+      path: its file.
+      pixels: what the network saw of it, uint8 [S, S, C].
+      probabilities: float32 [classes].
+      features: the last stage's output averaged over positions, float32 [channels].
+      heatmap: how much each position speaks for the likeliest class, float32 [h, w], or None (see ``activation_map``).
+    """
+
+    path: str
+    pixels: np.ndarray
+    probabilities: np.ndarray
+    features: np.ndarray
+    heatmap: np.ndarray | None
+
+
+def find_images(arguments: Sequence[str]) -> list[str]:
+    """The files that are meant by files, folders (with what lies below) and glob patterns, in order.
+
+    Raises:
+      UsageError: one of them means none.
+    """
+    found: list[str] = []
+    for argument in arguments:
+        path = os.path.expanduser(argument)
+        if os.path.isdir(path):
+            below = (str(file) for file in sorted(pathlib.Path(path).rglob("*")))
+            matches = [file for file in below if file.lower().endswith(EXTENSIONS)]
+        else:
+            matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+        if not matches:
+            raise UsageError(f"{argument}: no such image, or folder of images")
+        found += matches
+    return found
+
+
+def class_names(weights: Pretrained) -> tuple[str, ...]:
+    """Names in the order of the logits: the weights' own, ImageNet's for a thousand, else numbers."""
+    count = weights.variables["params"]["head"]["bias"].shape[0]
+    wordnet = imagenet_names()
+    if weights.classes:
+        return tuple(wordnet.get(name, name) for name in weights.classes)
+    return tuple(wordnet.values()) if count == len(wordnet) else tuple(map(str, range(count)))
+
+
+@functools.cache
+def imagenet_names() -> dict[str, str]:
+    """ImageNet's thousand classes, in the order of their numbers: WordNet id -> WordNet's first word for it."""
+    text = importlib.resources.files("resnet_jax.pretrained").joinpath("imagenet_classes.txt").read_text()
+    return dict(line.split(" ", 1) for line in text.splitlines())
+
+
+def read_view(path: str, preprocessing: Preprocessing, channels: int) -> np.ndarray:
+    """What the network sees of a file, upright (EXIF): uint8 [size, size, channels].
+
+    Raises:
+      UsageError: it can't be read.
+    """
+    try:
+        content = pathlib.Path(path).read_bytes()
+        pixels = decode(content)
+        with Image.open(io.BytesIO(content)) as image:
+            turned = image.getexif().get(_ORIENTATION, 1)
+    except (OSError, BrokenImage) as error:
+        raise UsageError(f"{path}: not a readable image ({error})") from error
+    if turned != 1:
+        upright = Image.fromarray(pixels)
+        upright.getexif()[_ORIENTATION] = turned
+        pixels = np.asarray(ImageOps.exif_transpose(upright))
+    crop = CenterCrop(preprocessing.image_size, preprocessing.resize, preprocessing.interpolation)
+    pixels = crop(pixels, np.empty(0))
+    return pixels if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+
+
+def predict(model: str, weights: Pretrained, paths: Sequence[str], batch: int = 32) -> Iterator[Prediction]:
+    """Predicts files in batches of one size, so that the network is compiled once.
+
+    Args:
+      model: our name of the network.
+      weights: with their preprocessing.
+      paths: the files.
+      batch: how many at a time.
+
+    Raises:
+      UsageError: the weights' preprocessing is not known, or a file can't be read.
+    """
+    preprocessing = weights.preprocessing
+    if preprocessing is None:
+        raise UsageError("the weights say nothing of their preprocessing (mean, deviation, size)")
+    mean = np.array(preprocessing.mean if weights.mean_image is None else weights.mean_image, np.float32)
+    std = np.array(preprocessing.std, np.float32)
+    head = weights.variables["params"]["head"]
+    module = create_model(model, head["bias"].shape[0], **weights.settings)
+    last = f"stage{len(module.blocks)}"
+    mapped = head["kernel"].shape[0] == module.widths[-1]  # The classifier reads the average: true of ResNets, not VGG.
+
+    @jax.jit
+    def run(images: jax.Array) -> dict[str, jax.Array]:
+        features = module.apply(weights.variables, normalise(images, mean, std), method="features")[last]
+        logits = module.apply(weights.variables, features, method="classify")
+        outputs = {"probabilities": jax.nn.softmax(logits), "features": features.mean((1, 2), dtype=jnp.float32)}
+        if mapped:
+            outputs["heatmap"] = activation_map(features, head["kernel"], logits.argmax(-1))
+        return outputs
+
+    for start in range(0, len(paths), batch):
+        chosen = paths[start : start + batch]
+        pixels = np.stack([read_view(path, preprocessing, mean.shape[-1]) for path in chosen])
+        padded = np.concatenate([pixels, np.zeros((min(batch, len(paths)) - len(chosen), *pixels.shape[1:]), np.uint8)])
+        outputs = jax.device_get(run(padded))
+        for i, path in enumerate(chosen):
+            heatmap = outputs["heatmap"][i] if mapped else None
+            yield Prediction(path, pixels[i], outputs["probabilities"][i], outputs["features"][i], heatmap)
+
+
+def activation_map(features: jax.Array, kernel: jax.Array, label: jax.Array) -> jax.Array:
+    """Class activation maps (Zhou et al., 2016): what each position adds to a class's logit.
+
+    The network averages over positions and then is linear, so the map's average is the logit without its bias, exactly.
+
+    Args:
+      features: the last stage's output [N, h, w, C].
+      kernel: the classifier's [C, classes].
+      label: the classes, int [N].
+
+    Returns:
+      float32 [N, h, w].
+    """
+    chosen = jnp.asarray(kernel).T[label]
+    return jnp.einsum("nhwc,nc->nhw", features.astype(jnp.float32), chosen, precision="highest")
+
+
+def draw_heatmap(prediction: Prediction) -> Image.Image:
+    """The map over what the network saw: red where it speaks most for the class."""
+    image = Image.fromarray(prediction.pixels.squeeze()).convert("RGB")
+    low, high = prediction.heatmap.min(), prediction.heatmap.max()
+    share = Image.fromarray((255 * (prediction.heatmap - low) / max(high - low, 1e-9)).astype(np.uint8))
+    share = np.asarray(share.resize(image.size, Image.Resampling.BICUBIC), np.float32)[..., None] / 255
+    mixed = np.asarray(image) * (1 - 0.6 * share) + np.array([255, 0, 0]) * 0.6 * share
+    return Image.fromarray(np.rint(mixed).clip(0, 255).astype(np.uint8))
