@@ -175,3 +175,38 @@ def test_another_depth_or_stride_than_the_file_s_is_named(tmp_path):
     text = refused(path, imagenet("resnet50_v1_5").state_dict(), "resnet101_v1_5")
     assert "holds resnet50_v1_5, not resnet101_v1_5" in text
     assert "holds cifar_resnet20, not cifar_resnet32" in refused(path, cifar(20).state_dict(), "cifar_resnet32")
+
+
+class TorchvisionsVGG(torch.nn.Module):
+    """VGG-16 with torchvision's names: numbered layers in ``features`` and ``classifier``."""
+
+    def __init__(self, normalised: bool, classes: int):
+        super().__init__()
+        layers, channels = [], 3
+        for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            for _ in range(count):
+                layers += [torch.nn.Conv2d(channels, width, 3, padding=1)]
+                layers += [torch.nn.BatchNorm2d(width)] if normalised else []
+                layers += [torch.nn.ReLU()]
+                channels = width
+            layers += [torch.nn.MaxPool2d(2, 2)]
+        self.features = torch.nn.Sequential(*layers)
+        sizes, dropped = (512 * 7 * 7, 4096, 4096), []
+        for inside, outside in zip(sizes, (4096, 4096), strict=False):
+            dropped += [torch.nn.Linear(inside, outside), torch.nn.ReLU(), torch.nn.Dropout()]
+        self.classifier = torch.nn.Sequential(*dropped, torch.nn.Linear(4096, classes))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(torch.flatten(self.features(images), 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "normalised"), [("vgg16", False), ("vgg16_bn", True)])
+def test_vgg_16_gives_the_same_logits(model, normalised, tmp_path):
+    network = randomise(TorchvisionsVGG(normalised, classes=7))
+    save_file(network.state_dict(), tmp_path / "vgg.safetensors")
+    module, variables, _ = resnet_jax.load_pretrained(str(tmp_path / "vgg.safetensors"), model, dtype="float32")
+    images = np.random.default_rng(0).standard_normal((1, 224, 224, 3), np.float32)
+    with torch.no_grad():
+        expected = network(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(jax.jit(module.apply)(variables, images), expected, atol=TOLERANCE, rtol=TOLERANCE)
