@@ -91,7 +91,7 @@ def training_statistics(
         with np.load(path) as stored:
             return Statistics(stored["image"], stored["mean"], stored["std"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass
+        pass  # Not computed yet, or a damaged copy.
     print(f"computing the mean of {len(examples)} training images, once; it is kept in {path}", flush=True)
 
     def part(start: int) -> Sums:

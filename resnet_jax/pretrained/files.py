@@ -1,8 +1,6 @@
 """Files of named arrays: safetensors, and torch's through torch."""
 
-import json
 import pathlib
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -56,8 +54,3 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     return {
         name: value.float().numpy() if value.is_floating_point() else value.numpy() for name, value in content.items()
     }
-
-
-def read_json_metadata(metadata: dict[str, str], name: str) -> Any:
-    """A JSON value of a safetensors file's metadata, or None."""
-    return json.loads(metadata[name]) if name in metadata else None

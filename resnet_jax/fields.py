@@ -1,0 +1,163 @@
+"""Every field of a config: its default, unit and meaning, in one place."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """A test of a value, and what is said when it fails."""
+
+    test: Callable[[Any], bool]
+    message: str
+
+
+POSITIVE = Limit(lambda value: value > 0, "must be positive")
+NOT_NEGATIVE = Limit(lambda value: value >= 0, "must not be negative")
+SHARE = Limit(lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+PART = Limit(lambda value: 0 < value <= 1, "must be above 0 and at most 1")
+ITERATIONS = Limit(
+    lambda steps: all(isinstance(step, int) and step > 0 for step in steps), "must be whole numbers above zero"
+)
+SEED = Limit(lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32")  # Of JAX's keys.
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One config field; its type is its default's.
+
+    ``allowed`` is what a value must be beyond its type: a tuple of choices, or a test and what is said when it fails.
+    ``recipe`` is whether the field has a part in what is learnt: a run resumes only with the same recipe.
+    """
+
+    name: str
+    default: Any
+    unit: str
+    text: str
+    allowed: tuple[str, ...] | Limit | None = None
+    recipe: bool = True
+
+
+FIELDS = (
+    Field("model.name", "cifar_resnet20", "", "The network: a name of `python -m resnet_jax.summary`."),
+    Field("model.num_classes", 0, "classes", "Length of the logits; 0 takes the data's number of classes.",
+          NOT_NEGATIVE),
+    Field("model.batch_norm", "global", "", "Examples that share BN statistics: global, per_device or group:N; frozen"
+          " keeps the statistics that the weights came with."),
+    Field("model.batch_norm_momentum", 0.9, "", "Share of the running statistics that a step keeps (1 - torch's).",
+          SHARE),
+    Field("model.dtype", "auto", "", "Compute dtype: auto (bfloat16 on TPU and GPU, else float32), bfloat16,"
+          " float32 or float64."),
+    Field("model.init_fan", "fan_out", "", "He initialisation by fan_out (fb.resnet.torch) or fan_in (Caffe).",
+          ("fan_out", "fan_in")),
+    Field("model.freeze_at", 0, "", "What training leaves as it is: 1 the stem, 2 stage 1 too, ...; 0 nothing (residual"
+          " nets).", NOT_NEGATIVE),
+    Field("model.zero_init_last", False, "", "Start the last BN scale of each block at zero (residual nets)."),
+    Field("data.source", "digits", "", "Where images come from: digits, cifar, image_folder, tfds, array_record (what"
+          " `python -m resnet_jax.prepare` writes) or ilsvrc (ImageNet's tar files)."),
+    Field("data.name", "", "", "Data set within the source: cifar10 or cifar100 for cifar; TFDS's name for tfds."),
+    Field("data.dir", "", "path", "Folder or archive of the data; empty where the source can do without.",
+          recipe=False),
+    Field("data.train_split", "train", "", "tfds: the training split, as train or train[:90%]."),
+    Field("data.test_split", "", "", "tfds: the test split; empty: test, or validation where there is none."),
+    Field("data.labels", "", "path", "image_folder: text file with one class folder a line, in the order of their"
+          " numbers; empty takes all of them, sorted."),
+    Field("data.holdout", 0, "images", "Training images held out at random (the same for every seed) for validation.",
+          NOT_NEGATIVE),
+    Field("data.placement", "auto", "", "device: all images lie on the devices; stream: they are read as training goes;"
+          " auto: on the devices for data.crop=whole.", ("auto", "device", "stream"), recipe=False),
+    Field("data.image_size", 0, "pixels", "Side of the squares that the network sees; 0 takes images as they are.",
+          NOT_NEGATIVE),
+    Field("data.crop", "whole", "", "What training sees of an image: whole; scale, a crop at a random scale (the"
+          " paper's, section 3.4); inception, a crop of random area and shape.", ("whole", "scale", "inception")),
+    Field("data.scales", (256, 480), "pixels", "scale: limits of the shorter side, both included.", ITERATIONS),
+    Field("data.smallest_area", 0.08, "", "inception: least share of an image's area.", PART),
+    Field("data.interpolation", "bilinear", "", "How training images are resized: bilinear, bicubic or area; not"
+          " antialiased (but for whole).", ("bilinear", "bicubic", "area")),
+    Field("data.reduced_dct", True, "", "Decode training JPEGs at a half, a quarter or an eighth of their size where"
+          " the crop needs no more."),
+    Field("data.mean", "channel", "", "What is subtracted: pixel (a mean image) or channel, of the training images"
+          " alone; imagenet (0.485, 0.456, 0.406) or none.", ("pixel", "channel", "imagenet", "none")),
+    Field("data.mean_image", "", "path", "A .npy file [H, W, 3] or [3] from 0 to 1 to subtract instead."),
+    Field("data.std", "channel", "", "What images are divided by: channel (of the training images), imagenet (0.229,"
+          " 0.224, 0.225) or none.", ("channel", "imagenet", "none")),
+    Field("data.pad", 0, "pixels", "Zeros on each side (after the mean) before a random crop of the original size.",
+          NOT_NEGATIVE),
+    Field("data.flip", False, "", "Mirror half of the training images, at random."),
+    Field("data.color_noise", 0.0, "", "Strength of random colour along ImageNet's principal components; AlexNet's and"
+          " the paper's is 0.1.", NOT_NEGATIVE),
+    Field("data.workers", -1, "", "Readers of image files; -1: one per core; 0: none, batches are read when they are"
+          " needed.", Limit(lambda value: value >= -1, "must be at least -1"), recipe=False),
+    Field("data.worker_type", "thread", "", "What readers are: thread, or process where a host has so many cores that"
+          " Python's lock holds threads up.", ("thread", "process"), recipe=False),
+    Field("data.prefetch", 2, "batches", "Batches that wait on the devices.", POSITIVE, recipe=False),
+    Field("data.cache", "none", "", "memory: keep images in the host's memory, decoded if all of them fit.",
+          ("none", "memory"), recipe=False),
+    Field("data.cache_gb", 8.0, "GB", "Most that data.cache=memory takes.", NOT_NEGATIVE, recipe=False),
+    Field("data.on_error", "raise", "", "An image that can't be read: raise stops there and names it; skip leaves it"
+          " out, counts it, and lets training see the next image in its place.", ("raise", "skip"), recipe=False),
+    Field("data.cache_dir", "", "path", "Where decoded and downloaded data is kept; empty: ~/.cache/resnet_jax.",
+          recipe=False),
+    Field("batch_size", 128, "images", "Images a step over all devices together.", POSITIVE),
+    Field("epochs", 0.0, "epochs", "Length of the training; this or steps.", NOT_NEGATIVE, recipe=False),
+    Field("steps", 0, "iterations", "Length of the training; this or epochs.", NOT_NEGATIVE, recipe=False),
+    Field("seed", 0, "", "Seed of the initial weights, the order of the images and their augmentation.", SEED),
+    Field("loss.label_smoothing", 0.0, "", "Share of the target spread over all classes (in training alone).", SHARE),
+    Field("optimizer.momentum", 0.9, "", "SGD's momentum.", SHARE),
+    Field("optimizer.nesterov", False, "", "Nesterov's momentum."),
+    Field("optimizer.momentum_style", "torch", "", "torch: rate times velocity; caffe: the rate inside the velocity"
+          " (they differ only where the rate changes).", ("torch", "caffe")),
+    Field("optimizer.weight_decay", 1e-4, "", "L2 penalty added to the gradient.", NOT_NEGATIVE),
+    Field("optimizer.decay", "all", "", "What decays: all parameters (Caffe, the paper) or kernels only.",
+          ("all", "kernels")),
+    Field("optimizer.clip_norm", 0.0, "", "Largest norm of the whole gradient; 0 does not clip.", NOT_NEGATIVE),
+    Field("optimizer.accumulate", 1, "", "Parts a batch is worked through in, to save"
+          " memory; gradients are averaged. BN groups stay whole; global BN is of one part.", POSITIVE),
+    Field("optimizer.ema", 0.0, "", "Decay of an average of the weights and BN statistics that is evaluated in"
+          " their place, from the first step on; 0: none.",
+          SHARE),
+    Field("optimizer.head_rate", 1.0, "", "The classifier's learning rate, times the others'.", POSITIVE),
+    Field("schedule.name", "steps", "", "constant, steps, linear, cosine or plateau.",
+          ("constant", "steps", "linear", "cosine", "plateau")),
+    Field("schedule.learning_rate", 0.1, "", "Learning rate after warm-up.", POSITIVE),
+    Field("schedule.boundaries", (), "iterations", "steps: where the rate is multiplied by schedule.factor.",
+          ITERATIONS),
+    Field("schedule.factor", 0.1, "", "steps and plateau: the multiplier.", POSITIVE),
+    Field("schedule.end_rate", 0.0, "", "linear and cosine: the final rate, constant after schedule.end_step.",
+          NOT_NEGATIVE),
+    Field("schedule.end_step", 0, "iterations", "linear and cosine: where the final rate is reached; 0: at the end.",
+          NOT_NEGATIVE),
+    Field("schedule.patience", 3, "evaluations", "plateau: so many evaluations without a better error drop the rate.",
+          POSITIVE),
+    Field("schedule.threshold", 0.0, "% points", "plateau: what counts as better.", NOT_NEGATIVE),
+    Field("schedule.warmup_steps", 0, "iterations", "Linear warm-up from zero to the rate.", NOT_NEGATIVE),
+    Field("schedule.warmup_rate", 0.01, "", "The rate until schedule.warmup_error is reached (section 4.2).",
+          NOT_NEGATIVE),
+    Field("schedule.warmup_error", 0.0, "%", "Hold schedule.warmup_rate until the training error (averaged over about"
+          " the last 20 steps) is below this; 0: off.", NOT_NEGATIVE),
+    Field("eval.every", 0, "iterations", "Evaluate so often; 0: only at the end.", NOT_NEGATIVE, recipe=False),
+    Field("eval.patience", 0, "evaluations", "Stop after so many without a better error; 0: train to the end.",
+          NOT_NEGATIVE, recipe=False),
+    Field("eval.batch_size", 1000, "images", "Images a step in evaluation.", POSITIVE, recipe=False),
+    Field("eval.resize", 256, "pixels", "Shorter side, where training sees crops; the middle is evaluated.",
+          POSITIVE, recipe=False),
+    Field("eval.interpolation", "bilinear", "", "How evaluation resizes, antialiased: bilinear, bicubic or area.",
+          ("bilinear", "bicubic", "area"), recipe=False),
+    Field("eval.protocol", "center", "", "Test protocol: center (one view of each image).", ("center",), recipe=False),
+    Field("checkpoint.every", 0, "iterations", "Save so often; 0: by time alone.", NOT_NEGATIVE, recipe=False),
+    Field("checkpoint.minutes", 10.0, "minutes", "Save when so much time has passed; 0: by iterations alone (the"
+          " end is saved anyway).",
+          NOT_NEGATIVE, recipe=False),
+    Field("checkpoint.keep", 1, "", "How many of the latest checkpoints stay (the best one always does).",
+          POSITIVE, recipe=False),
+    Field("log.every", 100, "iterations", "Write metrics so often. An accelerator runs the"
+          " steps between two log lines at once.", POSITIVE, recipe=False),
+    Field("log.tensorboard", True, "", "Write TensorBoard events too.", recipe=False),
+    Field("deterministic", False, "", "Bit-exact reruns on GPUs, slower (CPUs and TPUs are exact anyway).",
+          recipe=False),
+    Field("init.weights", "", "path", "Start from these weights: a .safetensors or torch file (torchvision's, timm's,"
+          " akamaster's or ours) or the work directory of a run. They bring their preprocessing."),
+    Field("init.head", "keep", "", "The classifier of init.weights: keep it, or replace it by a new one for the data's"
+          " classes.", ("keep", "replace")),
+)  # fmt: skip
