@@ -25,10 +25,22 @@ def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, st
     raise UsageError(f"{path}: weights come as .safetensors, .pth or .th, or as the work directory of a run")
 
 
-def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_metadata(path: pathlib.Path) -> dict[str, str]:
+    """The metadata of a safetensors file, without its arrays; empty for other files.
+
+    Raises:
+      UsageError: not there, or damaged.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    return _read_safetensors(path, arrays=False)[1] if path.suffix == ".safetensors" else {}
+
+
+def _read_safetensors(path: pathlib.Path, arrays: bool = True) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            names = file.keys() if arrays else ()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path}: not a whole .safetensors file ({' '.join(str(error).split())})") from error
 

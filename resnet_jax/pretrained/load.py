@@ -14,7 +14,7 @@ import numpy as np
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import MODELS, create_model, default_input
 from resnet_jax.pretrained import names as names_lib, preprocessing as preprocessing_lib
-from resnet_jax.pretrained.files import read_arrays
+from resnet_jax.pretrained.files import read_arrays, read_metadata
 from resnet_jax.pretrained.preprocessing import Preprocessing
 
 FORMAT = "resnet_jax"  # In the metadata of our own files.
@@ -68,7 +68,7 @@ def load_pretrained(
 
 def known_model(path: pathlib.Path) -> str | None:
     """The network that a file of ours says it is of; None for other files."""
-    metadata = read_arrays(path)[1]
+    metadata = read_metadata(path)
     return metadata["model"] if metadata.get("format") == FORMAT else None
 
 
@@ -168,10 +168,8 @@ def _fit(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """The arrays as variables of the network; a UsageError names the first that does not fit."""
-    head = next(
-        (name for name in ("fc.bias", "linear.bias", "classifier.6.bias", "params/head/bias") if name in arrays), ""
-    )
-    classes = arrays[head].shape[0] if head and arrays[head].ndim else default_input(model)[1]
+    head = names.theirs("params/head/bias") if names else "params/head/bias"
+    classes = arrays[head].shape[0] if head in arrays and arrays[head].ndim else default_input(model)[1]
     module = create_model(model, classes, "float32", **settings)
     size = default_input(model)[0]
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
