@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 # Looked up at first use, so that `import resnet_jax` and every `--help` stay quick.
 _PUBLIC = {
     "create_model": "resnet_jax.models.registry",
-    "load_pretrained": "resnet_jax.pretrained.load",
+    "load_pretrained": "resnet_jax.pretrained.source",
     "list_models": "resnet_jax.models.registry",
     "summarize": "resnet_jax.models.summary",
     "UsageError": "resnet_jax.errors",

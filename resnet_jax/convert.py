@@ -4,7 +4,8 @@
     python -m resnet_jax.convert --model=cifar_resnet20 --weights=runs/cifar_20 --output=net.stablehlo
 
 A .safetensors has torchvision's names and shapes where torchvision has the network. A .stablehlo takes uint8 images
-[N, size, size, 3] of any number and gives logits; jax.export.deserialize reads it.
+[N, size, size, 3] of any number and gives logits; jax.export.deserialize reads it. Beside the file goes a page about
+it (FILE.md).
 """
 
 import pathlib
@@ -14,8 +15,13 @@ from absl import flags
 from resnet_jax import cli
 from resnet_jax.errors import UsageError
 
-flags.DEFINE_string("model", None, "Our name of the network; for a run of ours its own when not given.")
-flags.DEFINE_string("weights", None, "A .safetensors or torch file, or the work directory of a run.")
+flags.DEFINE_string("model", None, "Our name of the network; runs, files of ours and timm's know their own.")
+flags.DEFINE_string(
+    "weights",
+    None,
+    "A file (.safetensors, .pth, .th, .caffemodel, .h5), the work directory of a run, hf:OWNER/NAME, or"
+    " https://...#sha256=DIGITS.",
+)
 flags.DEFINE_string("output", None, "The file to write: .safetensors or .stablehlo.")
 FLAGS = flags.FLAGS
 
@@ -30,19 +36,20 @@ def main(overrides: list[tuple[str, str]]) -> int:
     if not output.absolute().parent.is_dir():
         raise UsageError(f"--output={FLAGS.output}: no folder {output.absolute().parent}")
 
-    from resnet_jax.pretrained import program, save, start
+    from resnet_jax.pretrained import card, program, save, source
 
-    model, weights = start.read_any(FLAGS.weights, FLAGS.model)
+    model, weights = source.read_weights(FLAGS.weights, FLAGS.model)
     print(f"{FLAGS.weights}: {model}, {weights.title}")
     if output.suffix == ".stablehlo":
         program.save_program(output, model, weights)
-        size = program.input_size(model, weights)
-        print(f"{output}: uint8 images [N, {size}, {size}, channels] -> logits")
+        size, channels = program.input_size(model, weights), len(weights.preprocessing.mean)
+        content = f"uint8 images [N, {size}, {size}, {channels}] -> logits"
     else:
         save.save_safetensors(output, model, weights)
-        known = save.torchvision_names(model)
-        names = "torchvision's names" if known else "our names, since torchvision has no such network"
-        print(f"{output}: {names}")
+        known = save.torchvision_names(model, weights)
+        content = "torchvision's names" if known else "our names, since torchvision has no such network"
+    print(f"{output}: {content}")
+    print(f"{card.write_card(output, model, weights, content)}: what it is and how to use it")
     return 0
 
 

@@ -14,7 +14,7 @@ from resnet_jax import cli
 from resnet_jax.errors import UsageError
 
 flags.DEFINE_string("workdir", None, "A run of ours; this or --weights.")
-flags.DEFINE_string("weights", None, "A .safetensors or torch file; with --model, unless it is a file of ours.")
+flags.DEFINE_string("weights", None, "What convert takes as --weights; with --model, unless it says so itself.")
 flags.DEFINE_string("model", None, "Our name of the network that the weights are of.")
 flags.DEFINE_integer("top", 5, "How many classes are named.", lower_bound=1)
 flags.DEFINE_integer("batch", 32, "Images at a time.", lower_bound=1)
@@ -38,10 +38,10 @@ def main(overrides: list[tuple[str, str]], images: list[str]) -> int:
     import numpy as np
 
     from resnet_jax.classification import predict as predict_lib
-    from resnet_jax.pretrained.start import read_any
+    from resnet_jax.pretrained.source import read_weights
 
     paths = predict_lib.find_images(images)
-    model, weights = read_any(FLAGS.workdir or FLAGS.weights, FLAGS.model)
+    model, weights = read_weights(FLAGS.workdir or FLAGS.weights, FLAGS.model)
     names, features = predict_lib.class_names(weights), []
     heatmaps = pathlib.Path(FLAGS.heatmap).expanduser() if FLAGS.heatmap else None
     for number, found in enumerate(predict_lib.predict(model, weights, paths, FLAGS.batch)):

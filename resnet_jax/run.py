@@ -11,7 +11,8 @@ from resnet_jax.classification.task import Classification
 from resnet_jax.config import flatten
 from resnet_jax.errors import UsageError
 from resnet_jax.locks import lock
-from resnet_jax.pretrained.start import resumed, starting_weights
+from resnet_jax.pretrained.source import resumed
+from resnet_jax.pretrained.start import starting_weights
 from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.loop import Training
 from resnet_jax.training.workdir import check_data, check_recipe, check_writable, open_workdir

@@ -14,7 +14,6 @@ from jax import numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
-from resnet_jax.data.augment import normalise
 from resnet_jax.data.crops import CenterCrop
 from resnet_jax.data.decode import EXTENSIONS, BrokenImage, decode
 from resnet_jax.errors import UsageError
@@ -66,8 +65,7 @@ def find_images(arguments: Sequence[str]) -> list[str]:
 
 def class_names(weights: Pretrained) -> tuple[str, ...]:
     """Names in the order of the logits: the weights' own, ImageNet's for a thousand, else numbers."""
-    count = weights.variables["params"]["head"]["bias"].shape[0]
-    wordnet = imagenet_names()
+    count, wordnet = weights.num_classes, imagenet_names()
     if weights.classes:
         return tuple(wordnet.get(name, name) for name in weights.classes)
     return tuple(wordnet.values()) if count == len(wordnet) else tuple(map(str, range(count)))
@@ -117,16 +115,14 @@ def predict(model: str, weights: Pretrained, paths: Sequence[str], batch: int = 
     preprocessing = weights.preprocessing
     if preprocessing is None:
         raise UsageError("the weights say nothing of their preprocessing (mean, deviation, size)")
-    mean = np.array(preprocessing.mean if weights.mean_image is None else weights.mean_image, np.float32)
-    std = np.array(preprocessing.std, np.float32)
     head = weights.variables["params"]["head"]
-    module = create_model(model, head["bias"].shape[0], **weights.settings)
+    module = create_model(model, weights.num_classes, **weights.settings)
     last = f"stage{len(module.blocks)}"
     mapped = head["kernel"].shape[0] == module.widths[-1]  # The classifier reads the average: true of ResNets, not VGG.
 
     @jax.jit
     def run(images: jax.Array) -> dict[str, jax.Array]:
-        features = module.apply(weights.variables, normalise(images, mean, std), method="features")[last]
+        features = module.apply(weights.variables, preprocessing.normalise(images), method="features")[last]
         logits = module.apply(weights.variables, features, method="classify")
         outputs = {"probabilities": jax.nn.softmax(logits), "features": features.mean((1, 2), dtype=jnp.float32)}
         if mapped:
@@ -135,7 +131,7 @@ def predict(model: str, weights: Pretrained, paths: Sequence[str], batch: int = 
 
     for start in range(0, len(paths), batch):
         chosen = paths[start : start + batch]
-        pixels = np.stack([read_view(path, preprocessing, mean.shape[-1]) for path in chosen])
+        pixels = np.stack([read_view(path, preprocessing, len(preprocessing.mean)) for path in chosen])
         padded = np.concatenate([pixels, np.zeros((min(batch, len(paths)) - len(chosen), *pixels.shape[1:]), np.uint8)])
         outputs = jax.device_get(run(padded))
         for i, path in enumerate(chosen):

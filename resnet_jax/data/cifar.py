@@ -2,17 +2,15 @@
 
 import dataclasses
 import gzip
-import hashlib
 import io
-import os
 import pathlib
 import tarfile
-import urllib.request
 import zlib
 
 import numpy as np
 
 from resnet_jax.data.sources import Dataset, Images
+from resnet_jax.download import download
 from resnet_jax.errors import UsageError, did_you_mean
 
 
@@ -118,25 +116,13 @@ def _decode(archive: Archive, content: bytes, where: str, classes: int) -> Image
 def _download(archive: Archive, cache: pathlib.Path) -> pathlib.Path:
     """Fetches the archive into ``cache`` once, and checks it."""
     target = cache / archive.url.rsplit("/", 1)[-1]
-    if target.is_file():
-        return target
-    print(f"downloading {archive.url} to {target}", flush=True)
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"data.cache_dir={cache}: can't be written ({error.strerror}); set another") from error
-    partial, digest = target.with_suffix(f".{os.getpid()}.partial"), hashlib.md5()
     try:
-        with urllib.request.urlopen(archive.url, timeout=30) as response, partial.open("wb") as file:
-            while block := response.read(1 << 20):
-                digest.update(block)
-                file.write(block)
+        download(archive.url, target, "md5", archive.md5)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UsageError(f"data.dir is empty and {archive.url} could not be fetched ({error});"
                          " fetch it elsewhere and set --config.data.dir=ARCHIVE") from error  # fmt: skip
-    if digest.hexdigest() != archive.md5:
-        partial.unlink()
-        raise UsageError(f"{archive.url}: MD5 {digest.hexdigest()} is not the published {archive.md5}")
-    partial.rename(target)
     return target

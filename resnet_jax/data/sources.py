@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import ml_collections
 import numpy as np
 
+from resnet_jax import download
 from resnet_jax.errors import UsageError, did_you_mean
 
 
@@ -103,10 +104,7 @@ def subset(part: Images | Examples, index: np.ndarray) -> Images | Examples:
 
 def cache_folder(data: ml_collections.ConfigDict) -> pathlib.Path:
     """Where decoded and downloaded data is kept."""
-    if data.cache_dir:
-        return pathlib.Path(data.cache_dir).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "resnet_jax"
+    return pathlib.Path(data.cache_dir).expanduser() if data.cache_dir else download.cache_folder()
 
 
 def worker_count(workers: int) -> int:

@@ -60,6 +60,12 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
     return nn.max_pool(x, (window, window), (stride, stride), pads)
 
 
+def max_pool_rounded_up(x: jax.Array, window: int, stride: int) -> jax.Array:
+    """Max-pooling of [N, H, W, C] that starts at the first pixel and reaches the last one (Caffe)."""
+    pads = [(0, -(size - window) % stride) for size in x.shape[1:3]]
+    return nn.max_pool(x, (window, window), (stride, stride), pads)
+
+
 class Conv(nn.Module):
     """A square convolution [N, H, W, C_in] -> [N, H', W', C_out], padded by ``(size - 1) // 2`` unless told."""
 

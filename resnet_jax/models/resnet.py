@@ -8,7 +8,7 @@ from jax import numpy as jnp
 
 from resnet_jax.errors import UsageError
 from resnet_jax.models.blocks import SHORTCUTS, Block
-from resnet_jax.models.layers import BatchNorm, Conv, Head, check_stage, max_pool
+from resnet_jax.models.layers import BatchNorm, Conv, Head, check_stage, max_pool, max_pool_rounded_up
 
 # Stem: (size, stride, whether a 3x3/2 max-pool follows); the paper's Table 1 and section 4.2.
 STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False)}
@@ -22,6 +22,7 @@ class Stem(nn.Module):
 
     kind: str
     features: int
+    pool_padding: str
     init_fan: str
     batch_norm: str
     batch_norm_momentum: float
@@ -32,7 +33,11 @@ class Stem(nn.Module):
         size, stride, pool = STEMS[self.kind]
         x = Conv(self.features, size, stride, init_fan=self.init_fan, dtype=self.dtype, name="conv")(x)
         x = nn.relu(BatchNorm(self.batch_norm, self.batch_norm_momentum, dtype=self.dtype, name="bn")(x, train))
-        return max_pool(x, window=3, stride=2, padding=1) if pool else x
+        if not pool:
+            return x
+        if self.pool_padding == "end":
+            return max_pool_rounded_up(x, window=3, stride=2)
+        return max_pool(x, window=3, stride=2, padding=1)
 
 
 class Stage(nn.Module):
@@ -64,6 +69,8 @@ class ResNet(nn.Module):
       stride_in: ``first`` (v1) or ``middle`` (v1.5): which convolution of a bottleneck has the stride.
       stem: ``imagenet`` (7x7/2, max-pool) or ``cifar`` (3x3).
       stem_width: channels of the stem.
+      pool_padding: of the stem's max-pool: ``both`` is a pixel on every side (fb.resnet.torch, torchvision), ``end``
+        what lacks at the end (the authors' Caffe).
       zero_init_last: start each block's last BN scale at zero, so that blocks begin as identities.
       gate_bias: initial bias of the gates; negative, so that gated blocks begin near the identity.
       init_fan: He's fan, ``fan_out`` or ``fan_in``.
@@ -84,6 +91,7 @@ class ResNet(nn.Module):
     stride_in: str = "first"
     stem: str = "imagenet"
     stem_width: int = 64
+    pool_padding: str = "both"
     zero_init_last: bool = False
     gate_bias: float = -2.0
     init_fan: str = "fan_out"
@@ -94,14 +102,14 @@ class ResNet(nn.Module):
 
     def setup(self):
         choices = {"shortcut": SHORTCUTS, "shortcut_zeros": ("end", "both"), "stride_in": ("first", "middle"),
-                   "stem": tuple(STEMS)}  # fmt: skip
+                   "stem": tuple(STEMS), "pool_padding": ("both", "end")}  # fmt: skip
         for field, known in choices.items():
             if getattr(self, field) not in known:
                 raise UsageError(f"{field} {getattr(self, field)!r} is unknown: {', '.join(known)}")
         shared = {name: getattr(self, name) for name in ("init_fan", "batch_norm", "batch_norm_momentum", "dtype")}
         settings = ("bottleneck", "shortcut", "shortcut_zeros", "stride_in", "zero_init_last", "gate_bias")
         block = shared | {name: getattr(self, name) for name in settings}
-        self.stem_layers = Stem(self.stem, self.stem_width, **shared, name="stem")
+        self.stem_layers = Stem(self.stem, self.stem_width, self.pool_padding, **shared, name="stem")
         self.stages = [
             Stage(count, 1 if i == 1 else 2, block | {"features": width}, name=f"stage{i}")
             for i, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True), start=1)

@@ -1,16 +1,19 @@
-"""Files of named arrays: safetensors, and torch's through torch."""
+"""Files of named arrays: what kind they are is in their names' endings."""
 
+from collections.abc import Callable
 import pathlib
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from resnet_jax.errors import UsageError
+from resnet_jax.pretrained.caffe import read_caffemodel
+from resnet_jax.pretrained.keras import read_h5
 
-_TORCH = (".pth", ".th", ".pt", ".tar", ".bin")
+Arrays = dict[str, np.ndarray]
 
 
-def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_arrays(path: pathlib.Path) -> tuple[Arrays, dict[str, str]]:
     """Arrays by name, and the file's metadata.
 
     Raises:
@@ -20,9 +23,11 @@ def read_arrays(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, st
         raise UsageError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if path.suffix in _TORCH:
-        return _read_torch(path), {}
-    raise UsageError(f"{path}: weights come as .safetensors, .pth or .th, or as the work directory of a run")
+    if path.suffix in _READERS:
+        return _READERS[path.suffix](path), {}
+    raise UsageError(
+        f"{path}: weights are files (.safetensors, .pth, .th, .caffemodel, .h5) or work directories of runs"
+    )
 
 
 def read_metadata(path: pathlib.Path) -> dict[str, str]:
@@ -36,7 +41,7 @@ def read_metadata(path: pathlib.Path) -> dict[str, str]:
     return _read_safetensors(path, arrays=False)[1] if path.suffix == ".safetensors" else {}
 
 
-def _read_safetensors(path: pathlib.Path, arrays: bool = True) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _read_safetensors(path: pathlib.Path, arrays: bool = True) -> tuple[Arrays, dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as file:
             names = file.keys() if arrays else ()
@@ -45,7 +50,7 @@ def _read_safetensors(path: pathlib.Path, arrays: bool = True) -> tuple[dict[str
         raise UsageError(f"{path}: not a whole .safetensors file ({' '.join(str(error).split())})") from error
 
 
-def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_torch(path: pathlib.Path) -> Arrays:
     try:
         import torch
     except ImportError as error:
@@ -66,3 +71,10 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     return {
         name: value.float().numpy() if value.is_floating_point() else value.numpy() for name, value in content.items()
     }
+
+
+_READERS: dict[str, Callable[[pathlib.Path], Arrays]] = {
+    **dict.fromkeys((".pth", ".th", ".pt", ".tar", ".bin"), _read_torch),
+    ".caffemodel": read_caffemodel,
+    **dict.fromkeys((".h5", ".hdf5"), read_h5),
+}

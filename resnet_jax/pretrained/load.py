@@ -1,9 +1,10 @@
 """Weights of any known format into one of our networks: every array is used, or the one that isn't is named."""
 
+import base64
 import dataclasses
+import io
 import json
 import pathlib
-import re
 from typing import Any
 
 from flax import linen as nn, traverse_util
@@ -13,12 +14,14 @@ import numpy as np
 
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import MODELS, create_model, default_input
-from resnet_jax.pretrained import names as names_lib, preprocessing as preprocessing_lib
-from resnet_jax.pretrained.files import read_arrays, read_metadata
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.pretrained import preprocessing as preprocessing_lib
+from resnet_jax.pretrained.caffe import read_mean
+from resnet_jax.pretrained.files import Arrays, read_arrays, read_metadata
+from resnet_jax.pretrained.formats import EPSILON, FORMATS, Format, recognise
 from resnet_jax.pretrained.preprocessing import Preprocessing
 
 FORMAT = "resnet_jax"  # In the metadata of our own files.
-MEAN_IMAGE = "mean_image"  # An array beside the weights in them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Pretrained:
       preprocessing: how images are made into input; None where that is not known.
       classes: names in the order of the logits, where known.
       title: the format, for people.
-      mean_image: what is subtracted in place of the channels' means, float32 [H, W, C], or None.
+      history: where they come from, for people: ``source``, and of a run ``config`` and ``metrics``.
     """
 
     settings: dict[str, Any]
@@ -39,154 +42,185 @@ class Pretrained:
     preprocessing: Preprocessing | None
     classes: tuple[str, ...] | None
     title: str
-    mean_image: np.ndarray | None = None
+    history: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        """Length of the logits."""
+        return self.variables["params"]["head"]["bias"].shape[0]
 
 
-def load_pretrained(
-    source: str, model: str, dtype: str = "auto", **overrides: Any
-) -> tuple[nn.Module, dict[str, Any], Preprocessing]:
-    """A network with weights from elsewhere.
+def known_model(path: pathlib.Path) -> str | None:
+    """The network that a file is of, where its metadata or a config beside it says so."""
+    metadata = read_metadata(path)
+    if metadata.get("format") == FORMAT:
+        return metadata["model"]
+    timm = preprocessing_lib.beside(path)
+    return timm[0] if timm else None
 
-    Args:
-      source: a ``.safetensors`` or torch file of torchvision's, timm's, akamaster's or our own.
-      model: our name of the network, as ``resnet50_v1_5``.
-      dtype: compute dtype, as of ``create_model``.
-      **overrides: attributes of the network, as of ``create_model``.
 
-    Returns:
-      ``(module, variables, preprocessing)``; ``module.apply(variables, images)`` gives logits of images normalised as
-      ``preprocessing`` says.
+def read_pretrained(path: pathlib.Path, model: str) -> Pretrained:
+    """Reads a file of weights for the network ``model``.
 
     Raises:
       UsageError: no such file, or its arrays are not exactly those of the network.
     """
-    found = read_pretrained(source, model)
-    classes = found.variables["params"]["head"]["bias"].shape[0]
-    module = create_model(model, classes, dtype, **(found.settings | overrides))
-    return module, jax.tree.map(jnp.asarray, found.variables), found.preprocessing
-
-
-def known_model(path: pathlib.Path) -> str | None:
-    """The network that a file of ours says it is of; None for other files."""
-    metadata = read_metadata(path)
-    return metadata["model"] if metadata.get("format") == FORMAT else None
-
-
-def read_pretrained(source: str, model: str) -> Pretrained:
-    """Reads weights for the network ``model``.
-
-    Raises:
-      UsageError: see ``load_pretrained``.
-    """
-    path = pathlib.Path(source).expanduser()
     arrays, metadata = read_arrays(path)
+    if metadata.get("format") == FORMAT:
+        return _read_ours(path, arrays, metadata, model)
     arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
     arrays = {name: array for name, array in arrays.items() if not name.endswith(".num_batches_tracked")}
-    ours = metadata.get("format") == FORMAT
-    if ours and metadata["model"] != model:
+    known = recognise(arrays)
+    if known is None:
+        some = ", ".join(sorted(arrays)[:3]) or "none at all"
+        titles = ", ".join(dict.fromkeys(row.title for row in FORMATS))
+        raise UsageError(f"{path}: names of no known format ({some}, ...); known are {titles}")
+    timm = preprocessing_lib.beside(path) if known.preprocessing is None else None
+    if timm and timm[0] != model:
+        raise UsageError(f"{path}: holds {timm[0]} (says config.json beside it), not {model}")
+    settings = _settings(path, arrays, known, model)
+    variables = _fit(path, arrays, known, model, settings)
+    preprocessing = known.preprocessing or (timm[1] if timm else preprocessing_lib.usual(default_input(model)[0]))
+    if known.mean_file and path.with_name(known.mean_file).is_file():
+        preprocessing = dataclasses.replace(preprocessing, mean_image=read_mean(path.with_name(known.mean_file)))
+    found = Pretrained(
+        settings, variables, preprocessing, known.classes, known.title, {"source": f"{path.name} ({known.title})"}
+    )
+    fits = found.classes is None or len(found.classes) == found.num_classes
+    return found if fits else dataclasses.replace(found, classes=None)
+
+
+def _read_ours(path: pathlib.Path, arrays: Arrays, metadata: dict[str, str], model: str) -> Pretrained:
+    if metadata["model"] != model:
         raise UsageError(f"{path}: holds {metadata['model']}, not {model}")
-    settings = json.loads(metadata["settings"]) if ours else _settings(path, arrays, model)
-    mean_image = arrays.pop(MEAN_IMAGE, None) if ours else None
-    names = _recognise(path, arrays)
-    variables = _fit(path, arrays, names, model, settings)
-    if ours:
-        preprocessing, classes = (json.loads(metadata[name]) for name in ("preprocessing", "classes"))
-        return Pretrained(
-            settings,
-            variables,
-            Preprocessing.from_json(preprocessing) if preprocessing else None,
-            tuple(classes) if classes else None,
-            "a file of ours",
-            mean_image,
-        )
-    default = preprocessing_lib.CIFAR if default_input(model)[0] == 32 else preprocessing_lib.TORCHVISION
-    classes = variables["params"]["head"]["bias"].shape[0]
-    known = names.classes if names.classes and len(names.classes) == classes else None
-    return Pretrained(settings, variables, preprocessing_lib.beside(path) or default, known, names.title)
-
-
-def _recognise(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> names_lib.Names | None:
-    """The table of a file's names, by keys that only its format has; None for our own names."""
-    if any(name.startswith("params/") for name in arrays):
-        return None
-    if "conv1.weight" in arrays and "layer1.0.conv1.weight" in arrays:
-        return names_lib.AKAMASTER if "linear.weight" in arrays else names_lib.TORCHVISION
-    if "features.0.weight" in arrays and "classifier.0.weight" in arrays:
-        return names_lib.VGG_BN if "features.1.running_mean" in arrays else names_lib.VGG
-    some = ", ".join(sorted(arrays)[:3])
-    raise UsageError(
-        f"{path}: names of no known format ({some}, ...); known are torchvision's, timm's, akamaster's, ours"
+    settings, preprocessing, classes, history = (
+        json.loads(metadata.get(name, "null")) for name in ("settings", "preprocessing", "classes", "history")
+    )
+    arrays = {name: array for name, array in arrays.items() if not name.endswith(".num_batches_tracked")}
+    names = None if any(name.startswith("params/") for name in arrays) else recognise(arrays)
+    preprocessing = Preprocessing.from_json(preprocessing) if preprocessing else None
+    if "mean_image" in metadata:
+        image = np.load(io.BytesIO(base64.b64decode(metadata["mean_image"])), allow_pickle=False)
+        preprocessing = dataclasses.replace(preprocessing, mean_image=image)
+    return Pretrained(
+        settings,
+        _fit(path, arrays, names, model, settings),
+        preprocessing,
+        tuple(classes) if classes else None,
+        "a file of ours",
+        history or {"source": path.name},
     )
 
 
-def _settings(path: pathlib.Path, arrays: dict[str, np.ndarray], model: str) -> dict[str, Any]:
-    """What the names and shapes say of the network, once it is known to be ``model``."""
-    blocks = _blocks(arrays)
-    if not blocks:
-        return {}
+def _settings(path: pathlib.Path, arrays: Arrays, known: Format, model: str) -> dict[str, Any]:
+    """What the names say of the network; a UsageError where they are another network's than ``model``."""
     module = create_model(model, dtype="float32")
-    bottleneck = "layer1.0.conv3.weight" in arrays
-    found = (blocks, bottleneck)
-    if getattr(module, "blocks", None) != blocks or getattr(module, "bottleneck", None) != bottleneck:
-        raise UsageError(f"{path}: holds {_name_of(*found)}, not {model}")
-    if bottleneck and module.stride_in != "middle":
-        raise UsageError(
-            f"{path}: its names are torchvision's, whose networks are v1.5: ask for {model}_v1_5, not {model}"
-        )
-    if len(blocks) == 4 or module.shortcut == "none":
+    if known.model:
+        if known.model != model:
+            raise UsageError(f"{path}: holds {known.model}, not {model}")
         return {}
-    shortcuts = [name for name in arrays if name.endswith("downsample.0.weight")]
+    blocks, bottleneck, shortcuts = _blocks(arrays, known)
+    name = _name_of(blocks, bottleneck, known.stride_in)
+    if not isinstance(module, ResNet) or (module.blocks, module.bottleneck) != (blocks, bottleneck):
+        raise UsageError(f"{path}: holds {name}, not {model}")
+    if bottleneck and module.stride_in != known.stride_in:
+        version = {"first": "v1", "middle": "v1.5"}[known.stride_in]
+        raise UsageError(f"{path}: {known.title} are {version}: ask for {name}, not {model}")
+    if len(blocks) == 4 or module.shortcut == "none":
+        return dict(known.settings)
     if shortcuts:
-        return {"shortcut": "C" if len(shortcuts) == sum(blocks) else "B"}
+        return {"shortcut": "C" if shortcuts == sum(blocks) else "B"}
     return {"shortcut": "A", "shortcut_zeros": "both" if "linear.weight" in arrays else "end"}
 
 
-def _blocks(arrays: dict[str, np.ndarray]) -> tuple[int, ...]:
-    """How many blocks each ``layer`` of torch's names has."""
-    found = {tuple(map(int, match.groups())) for name in arrays if (match := re.match(r"layer(\d+)\.(\d+)\.", name))}
-    stages = max((stage for stage, _ in found), default=0)
-    return tuple(sum(stage == number for number, _ in found) for stage in range(1, stages + 1))
+def _blocks(arrays: Arrays, known: Format) -> tuple[tuple[int, ...], bool, int]:
+    """Blocks of each stage, whether they are bottlenecks, and how many have a projection in their shortcut."""
+
+    def has(*parts: str) -> bool:
+        return any(known.theirs(f"params/{part}/{leaf}") in arrays for part in parts for leaf in ("kernel", "scale")
+                   if ("bn" in part) == (leaf == "scale"))  # fmt: skip
+
+    stages: list[int] = []
+    bottleneck, shortcuts = False, 0
+    while True:
+        stage, count = len(stages) + 1, 0
+        while has(*(f"stage{stage}/block{count + 1}/{kind}{i}" for kind in ("conv", "bn") for i in (1, 2))):
+            count += 1
+            bottleneck |= has(f"stage{stage}/block{count}/conv3")
+            shortcuts += has(f"stage{stage}/block{count}/shortcut_conv")
+        if not count:
+            return tuple(stages), bottleneck, shortcuts
+        stages.append(count)
 
 
-def _name_of(blocks: tuple[int, ...], bottleneck: bool) -> str:
+def _name_of(blocks: tuple[int, ...], bottleneck: bool, stride_in: str) -> str:
     """The name of the network that has these blocks, or their description."""
     if len(blocks) == 3 and len(set(blocks)) == 1:
         return f"cifar_resnet{6 * blocks[0] + 2}"
     for name, row in MODELS.items():
         settings = row.keywords
         if settings.get("blocks") == blocks and settings.get("bottleneck", False) == bottleneck:
-            return f"{name}_v1_5" if bottleneck else name
+            return f"{name}_v1_5" if bottleneck and stride_in == "middle" else name
     kind = "bottleneck" if bottleneck else "basic"
     return f"a network of {', '.join(map(str, blocks))} {kind} blocks"
 
 
 def _fit(
-    path: pathlib.Path,
-    arrays: dict[str, np.ndarray],
-    names: names_lib.Names | None,
-    model: str,
-    settings: dict[str, Any],
+    path: pathlib.Path, arrays: Arrays, known: Format | None, model: str, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arrays as variables of the network; a UsageError names the first that does not fit."""
-    head = names.theirs("params/head/bias") if names else "params/head/bias"
+    """The arrays as variables of the network; a UsageError names the first that does not fit.
+
+    Args:
+      path: their file.
+      arrays: by their names.
+      known: their format; None for our own names.
+      model: our name of the network.
+      settings: its attributes.
+    """
+    head = known.theirs("params/head/bias") if known else "params/head/bias"
     classes = arrays[head].shape[0] if head in arrays and arrays[head].ndim else default_input(model)[1]
-    module = create_model(model, classes, "float32", **settings)
-    size = default_input(model)[0]
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    shapes = traverse_util.flatten_dict(_shapes(create_model(model, classes, "float32", **settings), model), sep="/")
     variables, used = {}, set()
-    for ours, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
-        theirs = names.theirs(ours) if names else ours
+    for ours, leaf in shapes.items():
+        theirs = known.theirs(ours) if known else ours
         if theirs not in arrays:
             raise UsageError(f"{path}: {theirs} is missing, which {model} needs for {ours}")
-        array, expected = arrays[theirs], names.their_shape(ours, leaf.shape) if names else leaf.shape
+        array, expected = arrays[theirs], known.their_shape(ours, leaf.shape) if known else leaf.shape
         if array.shape != expected:
             raise UsageError(f"{path}: {theirs} has shape {array.shape}, and {model} needs {expected}")
+        used.add(theirs)
+        if known:
+            array = known.to_ours(array, leaf.shape)
+            folded = (
+                known.theirs(_bias_before(ours)) if ours.endswith("/mean") and _bias_before(ours) not in shapes else ""
+            )
+            array = _folded(ours, array, arrays.get(folded), known)
+            used |= {folded} & arrays.keys()
         if not np.isfinite(array).all():
             raise UsageError(f"{path}: {theirs} has values that are not finite")
-        array = names.to_ours(array, leaf.shape) if names else array
         variables[ours] = np.ascontiguousarray(array, np.float32)
-        used.add(theirs)
     unused = sorted(arrays.keys() - used)
     if unused:
         raise UsageError(f"{path}: {unused[0]} is no part of {model} ({len(unused)} such arrays)")
     return traverse_util.unflatten_dict(variables, sep="/")
+
+
+def _shapes(module: nn.Module, model: str) -> Any:
+    size = default_input(model)[0]
+    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+
+
+def _bias_before(mean: str) -> str:
+    """The bias of the convolution whose output has this running mean."""
+    return mean.replace("batch_stats/", "params/").replace("bn", "conv").replace("/mean", "/bias")
+
+
+def _folded(ours: str, array: np.ndarray, bias: np.ndarray | None, known: Format) -> np.ndarray:
+    """What a format computes otherwise, as other values of our arrays: exact for whoever uses running statistics."""
+    if bias is not None:  # BN subtracts a mean from what the convolution has added: it may as well subtract less.
+        return array.astype(np.float64) - bias
+    if ours.endswith("/var") and known.epsilon != EPSILON:
+        return array.astype(np.float64) + (known.epsilon - EPSILON)
+    if ours == "params/stem/conv/kernel" and known.bgr:
+        return array[:, :, ::-1].astype(np.float64) * (255 * np.array(known.preprocessing.std)[:, None])
+    return array

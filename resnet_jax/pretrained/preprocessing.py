@@ -6,8 +6,14 @@ import math
 import pathlib
 from typing import Any
 
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from resnet_jax.data.augment import normalise
 from resnet_jax.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from resnet_jax.errors import UsageError
+from resnet_jax.models.registry import IMAGENET
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +25,7 @@ class Preprocessing:
       image_size: side of the square that the network sees, pixels.
       resize: shorter side before its centre is cut out, pixels; equal to ``image_size`` where nothing is cut off.
       interpolation: ``bilinear`` or ``bicubic``, antialiased.
+      mean_image: what is subtracted in place of ``mean``, float32 [image_size, image_size, C], or None.
     """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -26,10 +33,16 @@ class Preprocessing:
     image_size: int = 224
     resize: int = 256
     interpolation: str = "bilinear"
+    mean_image: np.ndarray | None = dataclasses.field(default=None, compare=False)
+
+    def normalise(self, images: Any) -> jax.Array:
+        """The network's input, float32, of resized and cropped uint8 images [N, image_size, image_size, C]."""
+        mean = np.array(self.mean if self.mean_image is None else self.mean_image, np.float32)
+        return normalise(jnp.asarray(images), mean, np.array(self.std, np.float32))
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return dataclasses.asdict(self)
+        """As plain values; the mean image stays behind."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.compare}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Preprocessing":
@@ -41,11 +54,23 @@ TORCHVISION = Preprocessing()
 CIFAR = Preprocessing(image_size=32, resize=32)  # akamaster's: ImageNet's constants on CIFAR.
 
 
-def beside(file: pathlib.Path) -> Preprocessing | None:
-    """What timm's ``config.json`` beside a file says, or None where there is none.
+def usual(image_size: int) -> Preprocessing:
+    """What nearly all weights for images of this size were trained with."""
+    return CIFAR if image_size == CIFAR.image_size else TORCHVISION
+
+
+# timm's architectures that we have too.
+TIMM = {
+    f"resnet{depth}": f"resnet{depth}{'_v1_5' if bottleneck else ''}" for depth, (bottleneck, _) in IMAGENET.items()
+}
+TIMM |= {"vgg16": "vgg16", "vgg16_bn": "vgg16_bn"}
+
+
+def beside(file: pathlib.Path) -> tuple[str, Preprocessing] | None:
+    """Our name of the network and the preprocessing in timm's ``config.json`` beside a file; None where there is none.
 
     Raises:
-      UsageError: it can't be understood.
+      UsageError: it can't be understood, or is of a network that is none of ours.
     """
     path = file.parent / "config.json"
     if not path.is_file():
@@ -54,10 +79,13 @@ def beside(file: pathlib.Path) -> Preprocessing | None:
         values = json.loads(path.read_text())
         if "pretrained_cfg" not in values:  # Somebody else's.
             return None
-        timm = values["pretrained_cfg"]
+        timm, architecture = values["pretrained_cfg"], values["architecture"]
         size = int(timm["input_size"][-1])
         # timm cuts the share crop_pct out of the shorter side.
         resize = math.floor(size / timm.get("crop_pct", 0.875))
-        return Preprocessing(tuple(timm["mean"]), tuple(timm["std"]), size, resize, timm["interpolation"])
+        found = Preprocessing(tuple(timm["mean"]), tuple(timm["std"]), size, resize, timm["interpolation"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: no config of timm's ({error})") from error
+    if architecture not in TIMM:  # Some have the same arrays and another computation.
+        raise UsageError(f"{path}: is of timm's {architecture}, which is no network here")
+    return TIMM[architecture], found

@@ -5,9 +5,7 @@ import pathlib
 
 import jax
 from jax import export, numpy as jnp
-import numpy as np
 
-from resnet_jax.data.augment import normalise
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import create_model, default_input
 from resnet_jax.pretrained.load import Pretrained
@@ -35,15 +33,12 @@ def save_program(path: pathlib.Path, model: str, weights: Pretrained) -> None:
     if weights.preprocessing is None:
         raise UsageError(f"{path}: the weights say nothing of their preprocessing, which is a part of the program")
     preprocessing: Preprocessing = weights.preprocessing
-    mean = np.array(preprocessing.mean if weights.mean_image is None else weights.mean_image, np.float32)
-    std = np.array(preprocessing.std, np.float32)
-    classes = weights.variables["params"]["head"]["bias"].shape[0]
-    module = create_model(model, classes, "float32", **weights.settings)
+    module = create_model(model, weights.num_classes, "float32", **weights.settings)
 
     def logits(images: jax.Array) -> jax.Array:
-        return module.apply(weights.variables, normalise(images, jnp.asarray(mean), jnp.asarray(std)))
+        return module.apply(weights.variables, preprocessing.normalise(images))
 
-    size, channels = input_size(model, weights), mean.shape[-1]
+    size, channels = input_size(model, weights), len(preprocessing.mean)
     shape = export.symbolic_shape(f"n, {size}, {size}, {channels}")
     exported = export.export(jax.jit(logits), platforms=_PLATFORMS)(jax.ShapeDtypeStruct(shape, jnp.uint8))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

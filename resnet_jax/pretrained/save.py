@@ -1,5 +1,7 @@
 """Our weights into files that others read: safetensors with torchvision's names where torchvision has the network."""
 
+import base64
+import io
 import json
 import os
 import pathlib
@@ -11,17 +13,16 @@ from safetensors.numpy import save
 
 from resnet_jax import __version__
 from resnet_jax.errors import UsageError
-from resnet_jax.pretrained import names as names_lib
-from resnet_jax.pretrained.load import FORMAT, MEAN_IMAGE, Pretrained
+from resnet_jax.pretrained import formats
+from resnet_jax.pretrained.load import FORMAT, Pretrained
+from resnet_jax.pretrained.preprocessing import TIMM
 
-_TORCHVISION = {"resnet18", "resnet34", "resnet50_v1_5", "resnet101_v1_5", "resnet152_v1_5"}
 
-
-def torchvision_names(model: str) -> names_lib.Names | None:
+def torchvision_names(model: str, weights: Pretrained) -> formats.Format | None:
     """The table of the network ``model``, or None where torchvision has no such network."""
-    if model in _TORCHVISION:
-        return names_lib.TORCHVISION
-    return {"vgg16": names_lib.VGG, "vgg16_bn": names_lib.VGG_BN}.get(model)
+    if model not in TIMM.values() or weights.settings:
+        return None
+    return {"vgg16": formats.VGG, "vgg16_bn": formats.VGG_BN}.get(model, formats.TORCHVISION)
 
 
 def save_safetensors(path: pathlib.Path, model: str, weights: Pretrained) -> None:
@@ -35,7 +36,7 @@ def save_safetensors(path: pathlib.Path, model: str, weights: Pretrained) -> Non
     Raises:
       UsageError: it can't be written.
     """
-    names = torchvision_names(model)
+    names = torchvision_names(model, weights)
     arrays: dict[str, np.ndarray] = {}
     for ours, array in traverse_util.flatten_dict(weights.variables, sep="/").items():
         if names is None:
@@ -50,12 +51,14 @@ def save_safetensors(path: pathlib.Path, model: str, weights: Pretrained) -> Non
         "settings": weights.settings,
         "preprocessing": weights.preprocessing.to_json() if weights.preprocessing else None,
         "classes": list(weights.classes) if weights.classes else None,
+        "history": weights.history,
         "version": __version__,
     }
-    if (
-        weights.mean_image is not None and names is None
-    ):  # torch's strict loading refuses what is no part of the network.
-        arrays[MEAN_IMAGE] = np.ascontiguousarray(weights.mean_image)
+    if weights.preprocessing and weights.preprocessing.mean_image is not None:
+        # Not among the arrays: torch's strict loading would refuse what is no part of the network.
+        content = io.BytesIO()
+        np.save(content, weights.preprocessing.mean_image)
+        metadata["mean_image"] = base64.b64encode(content.getvalue()).decode()
     text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

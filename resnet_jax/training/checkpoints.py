@@ -107,10 +107,10 @@ def load_run_weights(run: str) -> dict[str, Any]:
     """
     workdir = pathlib.Path(run).expanduser().absolute()
     if not workdir.exists():
-        raise UsageError(f"init.weights={run}: no such file or folder")
+        raise UsageError(f"{run}: no such file or folder")
     step = latest_step(workdir)
     if step is None:
-        raise UsageError(f"init.weights={run}: no checkpoint in it (expected the work directory of a run)")
+        raise UsageError(f"{run}: no checkpoint in it (expected the work directory of a run)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Orbax would rather be told where to put the arrays.
         with ocp.training.Checkpointer(workdir / FOLDER) as checkpointer:

@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import tarfile
+import urllib.request
 import zlib
 
 import numpy as np
@@ -206,7 +207,7 @@ def test_a_download_is_kept_and_not_repeated(served, tmp_path):
 def test_a_download_with_another_md5_is_refused_and_leaves_nothing(served, tmp_path):
     served.write_bytes(served.read_bytes() + b"\0")
     cache = tmp_path / "cache"
-    with pytest.raises(UsageError, match=r"MD5 \w{32} is not the published " + cifar.ARCHIVES["cifar10"].md5):
+    with pytest.raises(UsageError, match=r"MD5 \w{32} is not the expected " + cifar.ARCHIVES["cifar10"].md5):
         load(source="cifar", name="cifar10", cache_dir=str(cache))
     assert list(cache.iterdir()) == []
 
@@ -226,7 +227,7 @@ def test_a_download_broken_off_in_the_middle_leaves_nothing(served, tmp_path, mo
                 raise ConnectionResetError("connection reset by peer")
             return super().read(100)
 
-    monkeypatch.setattr(cifar.urllib.request, "urlopen", lambda *args, **kwargs: Broken(served.read_bytes()))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kwargs: Broken(served.read_bytes()))
     cache = tmp_path / "cache"
     with pytest.raises(UsageError, match="connection reset by peer"):
         load(source="cifar", name="cifar10", cache_dir=str(cache))

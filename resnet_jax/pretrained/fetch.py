@@ -1,0 +1,78 @@
+"""Weights by name: of the Hugging Face hub, or an address with its checksum; fetched once and kept."""
+
+import pathlib
+import re
+
+from resnet_jax.download import cache_folder, download
+from resnet_jax.errors import UsageError
+
+_HUB = "hf:"
+
+
+def is_remote(source: str) -> bool:
+    """Whether weights are named that are not on this machine."""
+    return source.startswith((_HUB, "https://", "http://"))
+
+
+def fetch(source: str) -> pathlib.Path:
+    """The file on this machine that a name stands for.
+
+    Args:
+      source: ``hf:OWNER/NAME`` or ``hf:OWNER/NAME@REVISION`` of the Hugging Face hub, ``https://...#sha256=DIGITS``,
+        or a path, which is given back.
+
+    Raises:
+      UsageError: it can't be fetched, or is not what was asked for.
+    """
+    if source.startswith(_HUB):
+        return _from_hub(source)
+    return _from_url(source) if is_remote(source) else pathlib.Path(source).expanduser()
+
+
+def _from_url(source: str) -> pathlib.Path:
+    url, _, fragment = source.partition("#")
+    match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
+    if not match:
+        raise UsageError(f"{source}: an address needs its file's checksum: {url}#sha256=<64 hexadecimal digits>")
+    target = cache_folder() / "weights" / match[1].lower() / url.rstrip("/").rsplit("/", 1)[-1]
+    try:
+        download(url, target, "sha256", match[1])
+    except OSError as error:
+        raise UsageError(f"{url}: could not be fetched ({error}); fetch it elsewhere and name the file") from error
+    return target
+
+
+def _from_hub(source: str) -> pathlib.Path:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UsageError(f"{source}: names of the hub need huggingface_hub: pip install 'resnet_jax[hub]'") from error
+    huggingface_hub.logging.set_verbosity_error()  # Its retries are not a user's business; what comes of them is.
+    weights = _hub_file(source, "model.safetensors")
+    if weights is None:
+        raise UsageError(f"{source}: has no model.safetensors")
+    _hub_file(source, "config.json")  # Goes beside it, where there is one: what the images must look like.
+    return weights
+
+
+def _hub_file(source: str, file: str) -> pathlib.Path | None:
+    """One file of a repository, or None where the repository has none of this name."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    name, _, revision = source.removeprefix(_HUB).partition("@")
+    where = {"repo_id": name, "filename": file, "revision": revision or None}
+    try:
+        return pathlib.Path(huggingface_hub.hf_hub_download(**where))
+    except errors.LocalEntryNotFoundError as error:  # No network, and not fetched before.
+        if huggingface_hub.try_to_load_from_cache(**where) is huggingface_hub.file_download._CACHED_NO_EXIST:
+            return None
+        raise UsageError(
+            f"{source}: the hub can't be reached, and {file} was not fetched before;"
+            " fetch it elsewhere and name the file"
+        ) from error
+    except errors.RemoteEntryNotFoundError:
+        return None
+    except (errors.HfHubHTTPError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(f"{source}: the hub does not give it ({first[:160]})") from error

@@ -1,0 +1,97 @@
+"""Weights by whatever names them: a file, a run of ours, a name of the hub, an address."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from flax import linen as nn
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from resnet_jax.errors import UsageError
+from resnet_jax.models.registry import create_model
+from resnet_jax.pretrained.fetch import fetch, is_remote
+from resnet_jax.pretrained.load import Pretrained, known_model, read_pretrained
+from resnet_jax.pretrained.preprocessing import Preprocessing
+from resnet_jax.training.checkpoints import load_run_weights
+from resnet_jax.training.workdir import DATA, MEAN, read_json
+
+
+def load_pretrained(
+    source: str, model: str | None = None, dtype: str = "auto", **overrides: Any
+) -> tuple[nn.Module, dict[str, Any], Preprocessing | None]:
+    """A network with weights from elsewhere.
+
+    Args:
+      source: a file (``.safetensors``; torch's, Caffe's or Keras's), the work directory of a run of ours,
+        ``hf:OWNER/NAME``, or an address with its checksum, ``https://...#sha256=DIGITS``.
+      model: our name of the network, as ``resnet50_v1_5``; runs, files of ours and timm's know their own.
+      dtype: compute dtype, as of ``create_model``.
+      **overrides: attributes of the network, as of ``create_model``.
+
+    Returns:
+      ``(module, variables, preprocessing)``; ``module.apply(variables, images)`` gives logits of images normalised as
+      ``preprocessing`` says.
+
+    Raises:
+      UsageError: nothing there, or its arrays are not exactly those of the network.
+    """
+    name, found = read_weights(source, model)
+    module = create_model(name, found.num_classes, dtype, **(found.settings | overrides))
+    return module, jax.tree.map(jnp.asarray, found.variables), found.preprocessing
+
+
+def read_weights(source: str, model: str | None) -> tuple[str, Pretrained]:
+    """The network's name and its weights.
+
+    Args:
+      source: see ``load_pretrained``.
+      model: our name of the network, or None where the source says it.
+
+    Raises:
+      UsageError: nothing there, no name, or weights of another network.
+    """
+    source = str(source)
+    path = fetch(source)
+    if not path.exists():
+        raise UsageError(f"{source}: no such file or folder")
+    if path.is_dir():
+        config = read_json(path / "config.json")
+        if config is None or "model.name" not in config:
+            raise UsageError(f"{source}: no work directory of a run (no config.json of one in it)")
+        if model not in (None, config["model.name"]):
+            raise UsageError(f"{source}: holds {config['model.name']}, not {model}")
+        return config["model.name"], _read_run(path, config)
+    model = model or known_model(path)
+    if not model:
+        raise UsageError(f"{source}: does not say which network it is of: name the model (--model=NAME)")
+    found = read_pretrained(path, model)
+    return model, dataclasses.replace(found, history={"source": f"{source} ({found.title})"}) if is_remote(
+        source
+    ) else found
+
+
+def resumed(workdir: pathlib.Path) -> Pretrained:
+    """What a run that goes on knows of the weights it started from."""
+    return _known(workdir, None)
+
+
+def _read_run(workdir: pathlib.Path, config: dict[str, Any]) -> Pretrained:
+    """The weights of a run of ours, with the preprocessing it was trained with."""
+    found = _known(workdir, load_run_weights(str(workdir)))
+    metrics = read_json(workdir / "summary.json") or {}
+    return dataclasses.replace(
+        found, history={"source": f"{workdir.absolute().name} (a run of ours)", "metrics": metrics, "config": config}
+    )
+
+
+def _known(workdir: pathlib.Path, variables: dict[str, Any] | None) -> Pretrained:
+    data = read_json(workdir / DATA) or {}
+    classes, preprocessing = data.get("classes"), data.get("preprocessing")
+    if preprocessing:
+        preprocessing = Preprocessing.from_json(preprocessing)
+        if (workdir / MEAN).is_file():
+            preprocessing = dataclasses.replace(preprocessing, mean_image=np.load(workdir / MEAN))
+    settings = data.get("settings", {})
+    return Pretrained(settings, variables, preprocessing, tuple(classes) if classes else None, "a run of ours")
