@@ -1,6 +1,7 @@
 """Files from elsewhere, whole and checked, fetched once."""
 
 import hashlib
+import http.client
 import os
 import pathlib
 import shutil
@@ -48,5 +49,7 @@ def download(url: str, target: pathlib.Path, algorithm: str, expected: str) -> N
         if found != expected.lower():
             raise UsageError(f"{url}: {algorithm.upper()} {found} is not the expected {expected}")
         os.replace(partial, target)
+    except http.client.HTTPException as error:
+        raise OSError(f"a broken answer: {error!r}") from error
     finally:
         partial.unlink(missing_ok=True)

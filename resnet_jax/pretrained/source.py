@@ -65,7 +65,7 @@ def read_weights(source: str, model: str | None) -> tuple[str, Pretrained]:
         return config["model.name"], _read_run(path, config)
     model = model or known_model(path)
     if not model:
-        raise UsageError(f"{source}: does not say which network it is of: name the model (--model=NAME)")
+        raise UsageError(f"{source}: does not say which network it is of: --model=NAME is needed")
     found = read_pretrained(path, model)
     return model, dataclasses.replace(found, history={"source": f"{source} ({found.title})"}) if is_remote(
         source

@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import tarfile
+import types
 import urllib.request
 import zlib
 
@@ -222,6 +223,8 @@ def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(served, tmp_pa
 
 def test_a_download_broken_off_in_the_middle_leaves_nothing(served, tmp_path, monkeypatch):
     class Broken(io.BytesIO):
+        headers = types.MappingProxyType({})
+
         def read(self, size=-1):
             if self.tell() > 0:
                 raise ConnectionResetError("connection reset by peer")

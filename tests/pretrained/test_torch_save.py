@@ -52,7 +52,7 @@ def test_torchvisions_networks_load_strictly_and_give_the_same_logits(tmp_path):
 def test_what_is_written_is_read_again_bit_for_bit_with_all_that_belongs_to_it(model, settings, tmp_path):
     ours = weights(model, **settings)
     save_safetensors(tmp_path / "net.safetensors", model, ours)
-    again = read_pretrained(str(tmp_path / "net.safetensors"), model)
+    again = read_pretrained(tmp_path / "net.safetensors", model)
     flat, expected = (traverse_util.flatten_dict(tree.variables, sep="/") for tree in (again, ours))
     assert flat.keys() == expected.keys()
     for name, array in expected.items():
