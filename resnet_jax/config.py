@@ -183,6 +183,29 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return values
 
 
+def restore_config(values: dict[str, Any], where: str) -> ml_collections.ConfigDict:
+    """The inverse of ``flatten``: the config of a run; fields that came later have their defaults.
+
+    Raises:
+      UsageError: it has a field that there is no longer, or a value of another kind; ``where`` says whose it is.
+    """
+    config, fields = default_config(), {field.name: field for field in FIELDS}
+    for name, value in values.items():
+        if name not in fields:
+            raise UsageError(f"{where}: written by another version of resnet_jax (its field {name} is unknown here)")
+        value = tuple(value) if isinstance(value, list) else value
+        *sections, last = name.split(".")
+        node = config
+        for section in sections:
+            node = node[section]
+        try:
+            node[last] = value
+        except TypeError as error:
+            raise UsageError(f"{where}: written by another version of resnet_jax ({name}={value!r})") from error
+    validate(config)
+    return config
+
+
 def recipe_changes(before: dict[str, Any], now: dict[str, Any], training: bool = True) -> list[str]:
     """The recipe's fields that differ between two flat configs, as ``name: before -> now``.
 

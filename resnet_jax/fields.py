@@ -144,7 +144,10 @@ FIELDS = (
           POSITIVE, recipe=False),
     Field("eval.interpolation", "bilinear", "", "How evaluation resizes, antialiased: bilinear, bicubic or area.",
           ("bilinear", "bicubic", "area"), recipe=False),
-    Field("eval.protocol", "center", "", "Test protocol: center (one view of each image).", ("center",), recipe=False),
+    Field("eval.protocol", "center", "", "How the test set is looked at in the end: center (one view, as in between);"
+          " ten_crop (the middle, the corners and their mirror images); multi_scale (fully convolutional).",
+          ("center", "ten_crop", "multi_scale"), recipe=False),
+    Field("eval.scales", (224, 256, 384, 480, 640), "pixels", "multi_scale: shorter sides.", ITERATIONS, recipe=False),
     Field("checkpoint.every", 0, "iterations", "Save so often; 0: by time alone.", NOT_NEGATIVE, recipe=False),
     Field("checkpoint.minutes", 10.0, "minutes", "Save when so much time has passed; 0: by iterations alone (the"
           " end is saved anyway).",
@@ -156,7 +159,7 @@ FIELDS = (
     Field("log.tensorboard", True, "", "Write TensorBoard events too.", recipe=False),
     Field("deterministic", False, "", "Bit-exact reruns on GPUs, slower (CPUs and TPUs are exact anyway).",
           recipe=False),
-    Field("init.weights", "", "path", "Start from these weights: a .safetensors or torch file (torchvision's, timm's,"
+    Field("init.weights", "", "path", "Start from these weights: a file (.safetensors, torch, Caffe, Keras), the work directory"
           " akamaster's or ours) or the work directory of a run. They bring their preprocessing."),
     Field("init.head", "keep", "", "The classifier of init.weights: keep it, or replace it by a new one for the data's"
           " classes.", ("keep", "replace")),

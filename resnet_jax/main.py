@@ -18,7 +18,13 @@ from resnet_jax.errors import UsageError
 
 cli.define_config_flags()
 flags.DEFINE_string("workdir", None, "Folder of the run; runs/<config's name> when not given.")
-flags.DEFINE_enum("mode", "train", ["train", "eval"], "train (or resume), or evaluate the run's latest checkpoint.")
+flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "eval", "calibrate"],
+    "train (or resume); eval: evaluate the latest checkpoint;"
+    " calibrate: make BN statistics averages over the training set, evaluate, and write calibrated.safetensors.",
+)
 FLAGS = flags.FLAGS
 
 

@@ -1,6 +1,8 @@
-"""From a config to a run: devices, task, work directory, loop."""
+"""From a config to a run: devices, task, work directory, loop; and back from a work directory to its task."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+import contextlib
+import dataclasses
 import pathlib
 
 import jax
@@ -8,25 +10,31 @@ import ml_collections
 
 from resnet_jax import distributed
 from resnet_jax.classification.task import Classification
-from resnet_jax.config import flatten
+from resnet_jax.config import flatten, restore_config
 from resnet_jax.errors import UsageError
 from resnet_jax.locks import lock
-from resnet_jax.pretrained.source import resumed
+from resnet_jax.pretrained.load import Pretrained
+from resnet_jax.pretrained.save import save_safetensors
+from resnet_jax.pretrained.source import read_weights, resumed
 from resnet_jax.pretrained.start import starting_weights
 from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.loop import Training
-from resnet_jax.training.workdir import check_data, check_recipe, check_writable, open_workdir
+from resnet_jax.training.state import TrainState
+from resnet_jax.training.workdir import check_data, check_recipe, check_writable, open_workdir, read_json
+
+CALIBRATED = "calibrated.safetensors"
 
 
 def run_classification(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, mode: str, explicit: Collection[str] = ()
 ) -> int:
-    """Trains (``train``) or evaluates (``eval``) in ``workdir``; returns the exit status.
+    """Trains (``train``), evaluates (``eval``) or calibrates in ``workdir``; returns the exit status.
 
     Args:
       config: the whole config.
       workdir: the work directory.
-      mode: ``train`` or ``eval``.
+      mode: ``train``, ``eval``, or ``calibrate``: BN statistics become averages over the training set; what comes of it
+        is evaluated and written to ``calibrated.safetensors`` in the work directory.
       explicit: names of the fields that the command line has set; weights don't change them.
 
     Raises:
@@ -36,8 +44,8 @@ def run_classification(
     check_recipe(workdir, flatten(config), training=mode == "train")
     check_writable(workdir)
     done = latest_step(workdir)
-    if mode == "eval" and done is None and not config.init.weights:
-        raise UsageError(f"--mode=eval: {workdir} has no checkpoint; train it first, or set --config.init.weights")
+    if mode != "train" and done is None and not config.init.weights:
+        raise UsageError(f"--mode={mode}: {workdir} has no checkpoint; train it first, or set --config.init.weights")
     if config.model.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     mesh = distributed.make_mesh()
@@ -49,9 +57,46 @@ def run_classification(
             check_data(workdir, task.description, training=train)
         if train and (done or 0) > task.total_steps:
             raise UsageError(f"--workdir={workdir} is at step {done} already, beyond the {task.total_steps} asked for")
-        if not train and done is not None:  # Another command's settings are not the run's.
-            return Training(task, config, workdir, mesh, write=False).evaluate_only()
-        open_workdir(workdir, flatten(config), task.description)
-        with lock(workdir / ".lock", f"--workdir={workdir}: another process is training there"):
-            training = Training(task, config, workdir, mesh)
-            return training.run() if train else training.evaluate_only()
+        if train or done is None:  # Another command's settings are not the run's.
+            open_workdir(workdir, flatten(config), task.description)
+
+        def calibrate(state: TrainState, poll: Callable[[], None]) -> TrainState:
+            state = task.calibrated(state, poll)
+            found = Pretrained.of_run(task.description, jax.device_get(state.variables))
+            found = dataclasses.replace(found, history={"source": f"{workdir.name}, calibrated (a run of ours)"})
+            save_safetensors(workdir / CALIBRATED, config.model.name, found)
+            print(f"wrote {workdir / CALIBRATED}", flush=True)
+            return state
+
+        with contextlib.ExitStack() as stack:
+            if train or done is None:
+                stack.enter_context(lock(workdir / ".lock", f"--workdir={workdir}: another process is training there"))
+            training = Training(task, config, workdir, mesh, write=train or done is None)
+            if train:
+                return training.run()
+            return training.evaluate_only(*((calibrate, "calibrated") if mode == "calibrate" else ()))
+
+
+@contextlib.contextmanager
+def open_run(workdir: pathlib.Path) -> Iterator[tuple[Classification, TrainState]]:
+    """A run that exists, for whoever looks into it: its task and its state, with the devices' mesh in force.
+
+    Raises:
+      UsageError: no run of this version's is there, or its data are not.
+    """
+    values = read_json(workdir / "config.json")
+    if values is None:
+        raise UsageError(f"{workdir}: no work directory of a run (no config.json in it)")
+    config = restore_config(values, str(workdir))
+    if config.model.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    mesh = distributed.make_mesh()
+    with jax.set_mesh(mesh):
+        start = starting_weights(config) if latest_step(workdir) is None else read_weights(str(workdir), None)[1]
+        if start is None:
+            raise UsageError(f"{workdir}: has no checkpoint")
+        if latest_step(workdir) is not None:
+            config.init.head = "keep"
+        task = Classification(config, mesh, start)
+        check_data(workdir, task.description, training=False)
+        yield task, task.initial_state()

@@ -12,7 +12,8 @@ import ml_collections
 import numpy as np
 
 from resnet_jax import distributed
-from resnet_jax.classification import steps
+from resnet_jax.classification import calibrate, protocols, steps
+from resnet_jax.classification.scores import mean_scores
 from resnet_jax.data.feed import make_feeds
 from resnet_jax.distributed import shard_batch
 from resnet_jax.errors import UsageError
@@ -60,18 +61,18 @@ class Classification:
         _check_groups(config, mesh.size)
         # Its mistakes are cheaper to find than the data.
         settings = _model_settings(config.model) | self._settings
-        self._model = create_model(**settings)
-        self._feeds, self.classes = make_feeds(config, mesh, storage_dtype(self._model.dtype), given)
+        self.model = create_model(**settings)
+        self._feeds, self.classes = make_feeds(config, mesh, storage_dtype(self.model.dtype), given)
         classes = config.model.num_classes or len(self.classes)
         if classes != len(self.classes):
             raise UsageError(
                 f"model.num_classes={classes}, but {config.data.source} has {len(self.classes)} classes"
                 f" ({', '.join(self.classes[:3])}, ...)"
             )
-        self._model = create_model(num_classes=classes, **settings)
+        self.model = create_model(num_classes=classes, **settings)
         train = self._feeds["train"]
-        self._image_shape = train.image_shape
-        self._optimizer = make_optimizer(config.optimizer, _rate_factors(config, self._model))
+        self.image_shape = train.image_shape
+        self._optimizer = make_optimizer(config.optimizer, _rate_factors(config, self.model))
         shapes = self._shapes()
         self._weights = start.variables if start else None
         if self._weights:
@@ -81,7 +82,7 @@ class Classification:
                 names = f"{', '.join(self.classes[:5])}{', ...' if classes > 5 else ''}"
                 print(f"weights of {start.title}; a new head for {classes} classes ({names})", flush=True)
             check_weights(self._weights, shapes, config)
-        self._eval_step = jax.jit(steps.make_eval_step(self._model))
+        self._eval_step = jax.jit(steps.make_eval_step(self.model))
 
         self.name = config.model.name
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
@@ -91,16 +92,16 @@ class Classification:
         self.resident = train.resident
         self.streams = "images" not in train.resident
         self.validation = "holdout" if config.data.holdout else "test"
-        self.train_step = steps.make_train_step(self._model, self._optimizer, config, self.total_steps, mesh.size)
+        self.train_step = steps.make_train_step(self.model, self._optimizer, config, self.total_steps, mesh.size)
 
     def _shapes(self) -> TrainState:
         """The state's shapes; a UsageError where the images are too small for the network."""
-        height, width, channels = self._image_shape
+        height, width, channels = self.image_shape
         too_small = f"model.name={self._config.model.name}: images of {width}x{height} pixels are too small for it"
         try:
             shapes = jax.eval_shape(self._new_state)
             images = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
-            features = jax.eval_shape(partial(self._model.apply, method="features"), _weights_of(shapes), images)
+            features = jax.eval_shape(partial(self.model.apply, method="features"), _weights_of(shapes), images)
         except ZeroDivisionError as error:  # An empty map has no fan.
             raise UsageError(too_small) from error
         if not all(feature.size for feature in features.values()):
@@ -108,7 +109,7 @@ class Classification:
         return shapes
 
     def _new_state(self) -> TrainState:
-        return steps.initial_state(self._model, self._optimizer, self._config, self._image_shape)
+        return steps.initial_state(self.model, self._optimizer, self._config, self.image_shape)
 
     def initial_state(self) -> TrainState:
         state = jax.jit(self._new_state, out_shardings=distributed.replicated(self._mesh))()
@@ -128,7 +129,7 @@ class Classification:
         attributes that the config does not say, and the mean image or None.
         """  # fmt: skip
         mean, std = (np.asarray(self.resident[name]) for name in ("mean", "std"))
-        size, cut = self._image_shape[0], self._config.data.crop != "whole"
+        size, cut = self.image_shape[0], self._config.data.crop != "whole"
         means = tuple(mean.reshape(-1, mean.shape[-1]).mean(0).tolist())
         resize = self._config.eval.resize if cut else size
         return {
@@ -149,37 +150,83 @@ class Classification:
     def batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
         return self._feeds["train"].training(self._config.seed, self._config.batch_size, first_step, self.total_steps)
 
-    def evaluate(self, state: TrainState, split: str, poll: Callable[[], None]) -> Evaluation:
+    def evaluate(
+        self, state: TrainState, split: str, poll: Callable[[], None], protocol: str = protocols.CENTER
+    ) -> Evaluation:
         feed, devices = self._feeds[split], self._mesh.size
-        batch = math.ceil(min(self._config.eval.batch_size, feed.examples) / devices) * devices
+        if protocol == protocols.CENTER:
+            found = self.look(self.single_view(self._eval_step, split), split, state, poll)
+        else:
+            passes = protocols.make_passes(protocol, self.model, state.variables, feed, self._config, devices)
+            found = mean_scores([self.look(one, split, state, poll) for one in passes])
+        if not len(found["index"]):
+            raise UsageError(f"none of the {feed.examples} images of the {split} set can be read")
+        # Every example exactly once, but for those that were left out and said to be.
+        assert np.array_equal(found["index"], np.unique(found["index"]))
+        assert len(found["index"]) == feed.examples or feed.broken
+        metrics = {
+            "top1_error": 100 * float(np.mean(found["rank"] >= 1)),
+            "top5_error": 100 * float(np.mean(found["rank"] >= 5)),
+            "loss": float(np.mean(found["loss"], dtype=np.float64)),
+            "examples": len(found["index"]),
+        }
+        return Evaluation(metrics, {name: found[name] for name in ("index", "label", "probabilities")})
+
+    def single_view(self, step: Callable[..., Any], split: str, index: np.ndarray | None = None) -> protocols.Pass:
+        """One look at every example of a split (of ``index``, where given), as evaluation sees it."""
+        feed, devices = self._feeds[split], self._mesh.size
+        examples = feed.examples if index is None else len(index)
+        batch = math.ceil(min(self._config.eval.batch_size, examples) / devices) * devices
+        return protocols.Pass(lambda: feed.evaluation(batch, index), feed.inputs, step)
+
+    def look(
+        self, one: protocols.Pass, split: str, state: TrainState, poll: Callable[[], None] = lambda: None
+    ) -> dict[str, np.ndarray]:
+        """The step's outputs for every readable example of a pass, [N, ...], with their ``index`` and ``label``."""
+        resident = self._feeds[split].resident
 
         def place(host: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
-            arrays = {name: host[name] for name in feed.inputs}
+            arrays = {name: host[name] for name in one.inputs}
             return {name: host[name] for name in ("index", "labels", "valid")}, shard_batch(self._mesh, arrays)
 
         hosts, outputs = [], []
-        with Prefetch(feed.evaluation(batch), place, self._config.data.prefetch) as batches:
+        with Prefetch(one.batches(), place, self._config.data.prefetch) as batches:
             for host, arrays in batches:
                 poll()
                 hosts.append(host)
-                outputs.append(self._eval_step(state.variables, arrays, feed.resident))
+                outputs.append(one.step(state.variables, arrays, resident))
                 if len(outputs) > _AHEAD:  # Images of all batches at once would fill the memory.
                     outputs[-1 - _AHEAD] = jax.device_get(outputs[-1 - _AHEAD])
         valid = np.concatenate([host["valid"] for host in hosts])
+        found = {name: np.concatenate([np.asarray(out[name]) for out in outputs])[valid] for name in outputs[0]}
         index, labels = (np.concatenate([host[name] for host in hosts])[valid] for name in ("index", "labels"))
-        joined = {name: np.concatenate([np.asarray(out[name]) for out in outputs])[valid] for name in outputs[0]}
+        return found | {"index": index, "label": labels}
+
+    def calibrated(self, state: TrainState, poll: Callable[[], None]) -> TrainState:
+        """The state with BN statistics that are averages over the training set; what is evaluated has them.
+
+        Raises:
+          UsageError: the training set is smaller than a batch.
+        """
+        feed, batch = self._feeds["train"], self._config.batch_size
+        index = calibrate.whole_batches(feed.examples, batch, self._config.seed)
         if not len(index):
-            raise UsageError(f"none of the {feed.examples} images of the {split} set can be read")
-        # Every example exactly once, but for those that were left out and said to be.
-        assert np.array_equal(index, np.unique(index))
-        assert len(index) == feed.examples or feed.broken
-        metrics = {
-            "top1_error": 100 * float(np.mean(joined["rank"] >= 1)),
-            "top5_error": 100 * float(np.mean(joined["rank"] >= 5)),
-            "loss": float(np.mean(joined["loss"], dtype=np.float64)),
-            "examples": len(index),
-        }
-        return Evaluation(metrics, {"index": index, "label": labels, "probabilities": joined["probabilities"]})
+            raise UsageError(f"--mode=calibrate: {feed.examples} training images don't fill a batch_size of {batch}")
+        step = jax.jit(calibrate.make_statistics_step(self.model))
+
+        def place(host: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+            if not host["valid"].all():
+                raise UsageError("--mode=calibrate needs every training image; some can't be read")
+            return shard_batch(self._mesh, {name: host[name] for name in feed.inputs})
+
+        def statistics() -> Iterator[Any]:
+            with Prefetch(feed.evaluation(batch, index), place, self._config.data.prefetch) as batches:
+                for arrays in batches:
+                    poll()
+                    yield step(state.variables, arrays, feed.resident)
+
+        averaged = distributed.replicate(self._mesh, calibrate.average_statistics(statistics()))
+        return state.replace(params=state.variables["params"], batch_stats=averaged, average=None)
 
     def after_evaluation(self, state: TrainState, error: float) -> TrainState:
         schedule = schedules.after_evaluation(self._config.schedule, state.schedule, error)

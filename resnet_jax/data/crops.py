@@ -17,20 +17,20 @@ Encoded = bytes | np.ndarray
 
 
 class Crop(Protocol):
-    """A function from an image to a square of pixels.
+    """A function from an image to pixels of a fixed shape.
 
     Attributes:
-      size: side of the square, pixels.
+      shape: of the pixels, (size, size, 3) but for test protocols that want more than a square.
       draws: how many random numbers a call takes.
       reducible_from: JPEGs whose shorter side is less, in pixels, are decoded at full size whatever is drawn.
     """
 
-    size: int
+    shape: tuple[int, ...]
     draws: int
     reducible_from: float
 
     def __call__(self, image: Encoded, uniforms: np.ndarray) -> np.ndarray:
-        """The square, uint8 [size, size, 3]; ``uniforms`` [draws] are from [0, 1)."""
+        """The pixels, uint8; ``uniforms`` [draws] are from [0, 1)."""
 
 
 _NONE = np.empty(0)
@@ -43,7 +43,7 @@ class Views:
         self.examples, self.crop = examples, crop
 
     def __call__(self, i: int, uniforms: np.ndarray) -> tuple[np.ndarray, int]:
-        """The crop of example ``i`` that the numbers say, uint8 [size, size, 3], and its label.
+        """The crop of example ``i`` that the numbers say, uint8, and its label.
 
         Raises:
           OSError: it can't be read.
@@ -69,8 +69,18 @@ def _pixels(image: Encoded, scale: int = 1) -> np.ndarray:
     return decode.decode(image, scale) if isinstance(image, bytes) else image
 
 
+class _Square:
+    """What gives a square of ``size`` pixels."""
+
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.size, self.size, 3
+
+
 @dataclasses.dataclass(frozen=True)
-class ScaleCrop:
+class ScaleCrop(_Square):
     """The paper's (section 3.4): the shorter side drawn from whole pixels, then a crop drawn from all there are.
 
     Attributes:
@@ -111,7 +121,7 @@ class ScaleCrop:
 
 
 @dataclasses.dataclass(frozen=True)
-class InceptionCrop:
+class InceptionCrop(_Square):
     """The crop that reproductions use (Szegedy et al., 2014): random area and aspect ratio, resized to a square.
 
     Attributes:
@@ -173,7 +183,7 @@ class InceptionCrop:
 
 
 @dataclasses.dataclass(frozen=True)
-class CenterCrop:
+class CenterCrop(_Square):
     """Evaluation's single view: the shorter side resized, antialiased and from full resolution, the middle cut out.
 
     Attributes:
@@ -198,7 +208,7 @@ class CenterCrop:
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
+class Whole(_Square):
     """The whole image, resized (antialiased) to a square whatever its shape; a square of that size is left alone.
 
     Attributes:
@@ -217,3 +227,61 @@ class Whole:
         if pixels.shape[:2] == (self.size, self.size):
             return pixels
         return decode.resize_antialiased(pixels, self.size, self.size, self.interpolation)
+
+
+@dataclasses.dataclass(frozen=True)
+class FiveCrop:
+    """Half of the 10-crop test: the shorter side resized as for ``CenterCrop``, then the middle and the four corners.
+
+    The other half are their mirror images, which the device makes.
+
+    Attributes: as of ``CenterCrop``.
+    """
+
+    size: int = 224
+    shorter_side: int = 256
+    interpolation: str = "bilinear"
+    draws: int = 0
+    reducible_from: float = math.inf
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 5, self.size, self.size, 3
+
+    def __call__(self, image: Encoded, uniforms: np.ndarray) -> np.ndarray:
+        del uniforms
+        pixels = _pixels(image)
+        height, width = decode.resized_shape(*pixels.shape[:2], self.shorter_side)
+        resized = decode.resize_antialiased(pixels, height, width, self.interpolation)
+        bottom, right = height - self.size, width - self.size
+        corners = ((round(bottom / 2), round(right / 2)), (0, 0), (0, right), (bottom, 0), (bottom, right))
+        return np.stack([resized[top : top + self.size, left : left + self.size] for top, left in corners])
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """The whole image, its shorter side resized and its aspect ratio kept, in the upper left of a canvas of zeros.
+
+    Attributes:
+      shorter_side: of the resized image, pixels.
+      canvas: (height, width) of the result, pixels; at least the resized image's.
+      interpolation: one of ``decode.INTERPOLATIONS``, antialiased.
+    """
+
+    shorter_side: int
+    canvas: tuple[int, int]
+    interpolation: str = "bilinear"
+    draws: int = 0
+    reducible_from: float = math.inf
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.canvas, 3
+
+    def __call__(self, image: Encoded, uniforms: np.ndarray) -> np.ndarray:
+        del uniforms
+        pixels = _pixels(image)
+        height, width = decode.resized_shape(*pixels.shape[:2], self.shorter_side)
+        canvas = np.zeros(self.shape, np.uint8)
+        canvas[:height, :width] = decode.resize_antialiased(pixels, height, width, self.interpolation)
+        return canvas

@@ -73,6 +73,22 @@ def jpeg_shape(content: bytes) -> tuple[int, int] | None:
     return None if colours in ("CMYK", "YCCK") else (height, width)
 
 
+def image_shape(content: bytes) -> tuple[int, int]:
+    """(height, width) of what ``decode`` gives, from the header alone.
+
+    Raises:
+      BrokenImage: there is no header.
+    """
+    shape = jpeg_shape(content)
+    if shape:
+        return shape
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.height, image.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BrokenImage("of no known format") from error
+
+
 def jpeg_scale(side: int, needed: int) -> int:
     """The largest reduction whose ``side`` still has ``needed`` pixels: 8, 4, 2 or 1.
 

@@ -12,6 +12,7 @@ from resnet_jax.data.augment import pixel_statistics
 from resnet_jax.data.cache import Budget, CachedViews
 from resnet_jax.data.crops import CenterCrop, Crop, InceptionCrop, ScaleCrop, Views, Whole
 from resnet_jax.data.order import Order, holdout_split
+from resnet_jax.data.shapes import image_shapes
 from resnet_jax.data.sources import (
     Dataset,
     Examples,
@@ -54,9 +55,9 @@ class Feed(Protocol):
         ``images``, uint8 [n, H, W, C], and ``labels`` where they are not resident.
         """  # fmt: skip
 
-    def evaluation(self, batch: int) -> Iterator[Batch]:
-        """This process's part of batches with every example once: the same, and ``valid``, bool [n], which is False for
-        what fills the last batch up and for what can't be read.
+    def evaluation(self, batch: int, index: np.ndarray | None = None) -> Iterator[Batch]:
+        """This process's part of batches with every example (of ``index``, int32 [n], where given) once: the same, and
+        ``valid``, bool [n], which is False for what fills the last batch up and for what can't be read.
         """  # fmt: skip
 
 
@@ -76,12 +77,13 @@ class ResidentFeed:
         order = Order(seed, self.examples)
         return (order.batch(step, batch) for step in range(first, end))
 
-    def evaluation(self, batch: int) -> Iterator[Batch]:
-        for start in range(0, self.examples, batch):
-            index = np.arange(start, start + batch, dtype=np.int32)
-            valid = index < self.examples
-            index[~valid] = start
-            yield {"index": index, "labels": self._labels[index], "valid": valid}
+    def evaluation(self, batch: int, index: np.ndarray | None = None) -> Iterator[Batch]:
+        wanted = np.arange(self.examples, dtype=np.int32) if index is None else index
+        for start in range(0, len(wanted), batch):
+            part = wanted[start : start + batch]
+            valid = np.arange(batch) < len(part)
+            part = np.pad(part, (0, batch - len(part)), mode="edge")
+            yield {"index": part, "labels": self._labels[part], "valid": valid}
 
 
 class StreamFeed:
@@ -89,15 +91,16 @@ class StreamFeed:
 
     inputs = ("images", "labels")
 
-    def __init__(self, views: Views, resident: dict[str, jax.Array], data: ml_collections.ConfigDict):
+    def __init__(self, views: Views, evaluated: Crop, resident: dict[str, jax.Array], data: ml_collections.ConfigDict):
+        """Takes what training (or, of a test split, evaluation) sees of the examples, and what evaluation sees."""
         self.examples = len(views.examples)
-        self.image_shape = (views.crop.size, views.crop.size, 3)
+        self.image_shape = views.crop.shape
         self.resident = resident
         self.broken: dict[str, str] = {}
-        self._views, self._data = views, data
+        self._views, self._evaluated, self._data = views, evaluated, data
 
-    def _reader(self, plan: TrainingPlan | EvaluationPlan, seed: int, broken: str) -> Reader:
-        return Reader(self._views, plan, seed, "raise" if self._data.on_error == "raise" else broken)
+    def _reader(self, views: Views, plan: TrainingPlan | EvaluationPlan, seed: int, broken: str) -> Reader:
+        return Reader(views, plan, seed, "raise" if self._data.on_error == "raise" else broken)
 
     def _batches(self, reader: Reader, first: int, end: int, *fields: str) -> Batches:
         workers, processes = worker_count(self._data.workers), self._data.worker_type == "process"
@@ -105,13 +108,25 @@ class StreamFeed:
 
     def training(self, seed: int, batch: int, first: int, end: int) -> Iterator[Batch]:
         rows = Rows(batch, jax.process_index(), jax.process_count())
-        reader = self._reader(TrainingPlan(Order(seed, self.examples), rows), seed, "replace")
+        reader = self._reader(self._views, TrainingPlan(Order(seed, self.examples), rows), seed, "replace")
         return self._batches(reader, first, end, "images", "labels", "index", "epoch")
 
-    def evaluation(self, batch: int) -> Iterator[Batch]:
+    def evaluation(self, batch: int, index: np.ndarray | None = None, crop: Crop | None = None) -> Iterator[Batch]:
+        """See ``Feed``; of another ``crop`` than evaluation's where given."""
+        crop = crop or self._evaluated
+        views = self._views if crop == self._views.crop else Views(self._views.examples, crop)
+        index = np.arange(self.examples, dtype=np.int32) if index is None else index
         rows = Rows(batch, jax.process_index(), jax.process_count())
-        reader = self._reader(EvaluationPlan(self.examples, rows), 0, "mask")
-        return self._batches(reader, 0, -(-self.examples // batch), "images", "labels", "index", "valid")
+        reader = self._reader(views, EvaluationPlan(index, rows), 0, "mask")
+        return self._batches(reader, 0, -(-len(index) // batch), "images", "labels", "index", "valid")
+
+    def shapes(self) -> np.ndarray:
+        """(height, width) of every example in its own pixels, int32 [N, 2]; zeros where it can't be read.
+
+        Raises:
+          UsageError: one can't be read, and ``data.on_error`` is ``raise``.
+        """
+        return image_shapes(self._views.examples, worker_count(self._data.workers), self._data.on_error == "raise")
 
 
 def make_feeds(
@@ -164,7 +179,7 @@ def make_feeds(
     resident = distributed.replicate(mesh, _arrays(given, dtype))
     crops = {name: train_crop if name == "train" else eval_crop for name in splits}
     views = _views(data, splits, crops)
-    return {name: StreamFeed(views[name], resident, data) for name in splits}, dataset.classes
+    return {name: StreamFeed(views[name], eval_crop, resident, data) for name in splits}, dataset.classes
 
 
 def _split(dataset: Dataset, held_out: int) -> dict[str, Images | Examples]:

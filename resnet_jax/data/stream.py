@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 import dataclasses
 import errno
 import itertools
+import math
 import mmap
 import multiprocessing
 import os
@@ -90,15 +91,15 @@ class TrainingPlan:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationPlan:
-    """Every example once, in the data set's own order; the last batch is filled up with padding."""
+    """The examples of ``index``, int32 [N], each once and in this order; the last batch is filled up with padding."""
 
-    examples: int
+    index: np.ndarray
     rows: Rows
 
     def piece(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         step, piece = divmod(number, self.rows.pieces)
-        index = np.arange(step * self.rows.batch, (step + 1) * self.rows.batch, dtype=np.int32)
-        index[index >= self.examples] = -1
+        index = self.index[step * self.rows.batch : (step + 1) * self.rows.batch]
+        index = np.pad(index, (0, self.rows.batch - len(index)), constant_values=-1)
         index = self.rows.cut(index, piece)
         return index, np.zeros_like(index)
 
@@ -121,16 +122,16 @@ class Reader:
     broken: str
 
     def __call__(self, number: int) -> dict[str, Any]:
-        """Piece ``number``: ``images`` uint8 [n, size, size, 3], ``labels``, ``index`` and ``epoch`` int32 [n],
+        """Piece ``number``: ``images`` uint8 [n, *crop.shape], ``labels``, ``index`` and ``epoch`` int32 [n],
         ``valid`` bool [n], and ``broken``, where and why, of each example that could not be read.
         """  # fmt: skip
         index, epoch = self.plan.piece(number)
-        index, examples, size = index.copy(), self.views.examples, self.views.crop.size
+        index, examples, shape = index.copy(), self.views.examples, self.views.crop.shape
         # Pages of its own, which go back when it is let go of; malloc would keep the largest batch of each thread.
-        memory = mmap.mmap(-1, len(index) * size * size * 3, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, len(index) * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
-        images = np.ndarray((len(index), size, size, 3), np.uint8, memory)
+        images = np.ndarray((len(index), *shape), np.uint8, memory)
         labels, valid, broken, in_a_row = np.zeros(len(index), np.int32), index >= 0, [], 0
         for row in np.flatnonzero(valid):
             while True:

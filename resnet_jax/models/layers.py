@@ -54,16 +54,34 @@ def check_stage(number: int, stages: int) -> None:
         raise UsageError(f"stage {number} is not one of 1 to {stages}")
 
 
-def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
-    """Max-pooling of [N, H, W, C] with ``padding`` on every side."""
-    pads = ((padding, padding), (padding, padding))
-    return nn.max_pool(x, (window, window), (stride, stride), pads)
+class MaxPool(nn.Module):
+    """Max-pooling of [N, H, W, C] with ``padding`` on every side.
+
+    ``round_up`` lets the last window reach beyond the last pixel rather than leave it out (Caffe).
+    """
+
+    window: int
+    stride: int
+    padding: int = 0
+    round_up: bool = False
+
+    def output_size(self, size: Any) -> Any:
+        """The side of the output by that of the input, pixels; of a number or an array of them."""
+        beyond = self.stride - 1 if self.round_up else 0
+        return (size + 2 * self.padding - self.window + beyond) // self.stride + 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        pads = []
+        for size in x.shape[1:3]:
+            covered = (self.output_size(size) - 1) * self.stride + self.window
+            pads.append((self.padding, max(self.padding, covered - size - self.padding)))
+        return nn.max_pool(x, (self.window, self.window), (self.stride, self.stride), pads)
 
 
-def max_pool_rounded_up(x: jax.Array, window: int, stride: int) -> jax.Array:
-    """Max-pooling of [N, H, W, C] that starts at the first pixel and reaches the last one (Caffe)."""
-    pads = [(0, -(size - window) % stride) for size in x.shape[1:3]]
-    return nn.max_pool(x, (window, window), (stride, stride), pads)
+def average_pool(x: jax.Array, window: int) -> jax.Array:
+    """Averages over each ``window`` x ``window`` positions: [N, H, W, C] -> [N, H - window + 1, W - window + 1, C]."""
+    return nn.avg_pool(x, (window, window), (1, 1))
 
 
 class Conv(nn.Module):
@@ -78,16 +96,24 @@ class Conv(nn.Module):
     bias_init: float = 0.0
     dtype: Any = jnp.float32
 
+    @property
+    def pad(self) -> int:
+        """Zeros on every side."""
+        return (self.size - 1) // 2 if self.padding is None else self.padding
+
+    def output_size(self, size: Any) -> Any:
+        """The side of the output by that of the input, pixels; of a number or an array of them."""
+        return (size + 2 * self.pad - self.size) // self.stride + 1
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        pad = (self.size - 1) // 2 if self.padding is None else self.padding
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", he_normal(self.init_fan), shape, storage_dtype(self.dtype))
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
             window_strides=(self.stride, self.stride),
-            padding=((pad, pad), (pad, pad)),
+            padding=((self.pad, self.pad), (self.pad, self.pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         if self.use_bias:

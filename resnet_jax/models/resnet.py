@@ -8,7 +8,7 @@ from jax import numpy as jnp
 
 from resnet_jax.errors import UsageError
 from resnet_jax.models.blocks import SHORTCUTS, Block
-from resnet_jax.models.layers import BatchNorm, Conv, Head, check_stage, max_pool, max_pool_rounded_up
+from resnet_jax.models.layers import BatchNorm, Conv, Head, MaxPool, average_pool, check_stage, storage_dtype
 
 # Stem: (size, stride, whether a 3x3/2 max-pool follows); the paper's Table 1 and section 4.2.
 STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False)}
@@ -35,9 +35,8 @@ class Stem(nn.Module):
         x = nn.relu(BatchNorm(self.batch_norm, self.batch_norm_momentum, dtype=self.dtype, name="bn")(x, train))
         if not pool:
             return x
-        if self.pool_padding == "end":
-            return max_pool_rounded_up(x, window=3, stride=2)
-        return max_pool(x, window=3, stride=2, padding=1)
+        both = self.pool_padding == "both"
+        return MaxPool(window=3, stride=2, padding=1 if both else 0, round_up=not both)(x)
 
 
 class Stage(nn.Module):
@@ -138,4 +137,11 @@ class ResNet(nn.Module):
 
     def classify(self, x: jax.Array) -> jax.Array:
         """Global average pooling and the classifier: the last stage's [N, H, W, C] -> logits [N, num_classes]."""
-        return self.head(x.mean((1, 2), dtype=jnp.promote_types(self.dtype, jnp.float32)))
+        return self.head(x.mean((1, 2), dtype=storage_dtype(self.dtype)))
+
+    def classify_densely(self, x: jax.Array, window: int) -> jax.Array:
+        """The classifier on averages over each ``window`` x ``window`` positions: [N, H, W, C] -> [N, H', W', classes].
+
+        What a network that was trained on maps of that size says of every part of a larger one (section 3.4).
+        """
+        return self.head(average_pool(x.astype(storage_dtype(self.dtype)), window))

@@ -7,7 +7,7 @@ import jax
 from jax import numpy as jnp
 
 from resnet_jax.errors import UsageError
-from resnet_jax.models.layers import BatchNorm, Conv, Head, check_stage, max_pool
+from resnet_jax.models.layers import BatchNorm, Conv, Head, MaxPool, check_stage
 
 
 class VGGStage(nn.Module):
@@ -28,7 +28,7 @@ class VGGStage(nn.Module):
             if self.normalise:
                 x = BatchNorm(self.batch_norm, self.batch_norm_momentum, dtype=self.dtype, name=f"bn{i}")(x, train)
             x = nn.relu(x)
-        return max_pool(x, window=2, stride=2, padding=0)
+        return MaxPool(window=2, stride=2)(x)
 
 
 class VGG(nn.Module):
@@ -82,8 +82,16 @@ class VGG(nn.Module):
 
     def classify(self, x: jax.Array, train: bool = False) -> jax.Array:
         """The three fully connected layers at every position of [N, H, W, C], averaged to [N, num_classes]."""
+        return self._fully_connected(x, train).mean((1, 2))
+
+    def classify_densely(self, x: jax.Array, window: int = 7) -> jax.Array:
+        """The logits at every position: [N, H, W, C] -> [N, H - 6, W - 6, classes]; the window is fc6's."""
+        del window
+        return self._fully_connected(x, train=False)
+
+    def _fully_connected(self, x: jax.Array, train: bool) -> jax.Array:
         if min(x.shape[1:3]) < 7:
             raise UsageError(f"VGG needs images of 224 pixels and up: its last stage, {x.shape[1:3]}, is below 7x7")
         for layer in (self.fc6, self.fc7):
             x = self.drop(nn.relu(layer(x)), deterministic=not train)
-        return self.head(x).mean((1, 2))
+        return self.head(x)

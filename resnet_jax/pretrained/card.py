@@ -67,10 +67,13 @@ def write_card(file: pathlib.Path, model: str, weights: Pretrained, content: str
         "jax, flax, numpy": f"{jax.__version__}, {flax.__version__}, {np.__version__}",
         "Python": platform.python_version(),
     }
+    use = _USE[file.suffix]
+    if not preprocessing:  # Then nobody can say what to do.
+        use = use.replace("preprocessing.normalise(pixels)", "...")
     measured = {title: _figure(metrics[name]) for name, title in _METRICS.items() if name in metrics}
     sections = {
         "": f"{model} with {parameters:,} parameters, {weights.num_classes} classes.\n\n{_table(origin)}",
-        "Use": f"```python\n{_USE[file.suffix].format(file=file.name, size=size, channels=channels)}\n```",
+        "Use": f"```python\n{use.format(file=file.name, size=size, channels=channels)}\n```",
         "Preprocessing": _table(_preprocessing(preprocessing)) if preprocessing else "Not known.",
         "Metrics": _table(measured) if measured else "None were measured with these weights here.",
         "Classes": ", ".join(weights.classes) if weights.classes else "Their names are not known.",

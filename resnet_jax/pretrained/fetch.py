@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import urllib.parse
 
 from resnet_jax.download import cache_folder, download
 from resnet_jax.errors import UsageError
@@ -34,10 +35,11 @@ def _from_url(source: str) -> pathlib.Path:
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
     if not match:
         raise UsageError(f"{source}: an address needs its file's checksum: {url}#sha256=<64 hexadecimal digits>")
-    target = cache_folder() / "weights" / match[1].lower() / url.rstrip("/").rsplit("/", 1)[-1]
     try:
+        name = pathlib.PurePosixPath(urllib.parse.urlsplit(url).path).name or "weights"
+        target = cache_folder() / "weights" / match[1].lower() / name
         download(url, target, "sha256", match[1])
-    except OSError as error:
+    except (OSError, ValueError) as error:  # A malformed address is a ValueError.
         raise UsageError(f"{url}: could not be fetched ({error}); fetch it elsewhere and name the file") from error
     return target
 
@@ -48,31 +50,40 @@ def _from_hub(source: str) -> pathlib.Path:
     except ImportError as error:
         raise UsageError(f"{source}: names of the hub need huggingface_hub: pip install 'resnet_jax[hub]'") from error
     huggingface_hub.logging.set_verbosity_error()  # Its retries are not a user's business; what comes of them is.
-    weights = _hub_file(source, "model.safetensors")
+    name, _, revision = source.removeprefix(_HUB).partition("@")
+    weights = _hub_file(source, name, "model.safetensors", revision or None)
     if weights is None:
         raise UsageError(f"{source}: has no model.safetensors")
-    _hub_file(source, "config.json")  # Goes beside it, where there is one: what the images must look like.
+    # Of the same commit, which the cache's folder is named after; it goes beside the weights, where there is one.
+    _hub_file(source, name, "config.json", weights.parent.name)
     return weights
 
 
-def _hub_file(source: str, file: str) -> pathlib.Path | None:
+def _hub_file(source: str, name: str, file: str, revision: str | None) -> pathlib.Path | None:
     """One file of a repository, or None where the repository has none of this name."""
     import huggingface_hub
     from huggingface_hub import errors
 
-    name, _, revision = source.removeprefix(_HUB).partition("@")
-    where = {"repo_id": name, "filename": file, "revision": revision or None}
+    where = {"repo_id": name, "filename": file, "revision": revision}
     try:
-        return pathlib.Path(huggingface_hub.hf_hub_download(**where))
-    except errors.LocalEntryNotFoundError as error:  # No network, and not fetched before.
+        # What is known to be missing would be asked for again and again without a network.
         if huggingface_hub.try_to_load_from_cache(**where) is huggingface_hub.file_download._CACHED_NO_EXIST:
             return None
+        return pathlib.Path(huggingface_hub.hf_hub_download(**where))
+    except errors.LocalEntryNotFoundError as error:  # Not fetched before.
+        cause = error.__cause__ or "no network"
         raise UsageError(
-            f"{source}: the hub can't be reached, and {file} was not fetched before;"
+            f"{source}: the hub can't be reached ({_first_line(cause)}), and {file} was not fetched before;"
             " fetch it elsewhere and name the file"
         ) from error
     except errors.RemoteEntryNotFoundError:
         return None
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UsageError(f"{source}: the hub does not give it ({first[:160]})") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise UsageError(f"{source}: no such repository or revision on the hub, or no right to see it") from error
+    except Exception as error:  # Of the hub's library and of those under it, which change.
+        raise UsageError(f"{source}: the hub does not give it ({_first_line(error)})") from error
+
+
+def _first_line(error: object) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160]

@@ -44,6 +44,15 @@ class Pretrained:
     title: str
     history: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def of_run(cls, data: dict[str, Any], variables: dict[str, Any] | None) -> "Pretrained":
+        """The weights of a run of ours, with what it remembers of its data (``Classification.description``)."""
+        preprocessing, classes = data.get("preprocessing"), data.get("classes")
+        if preprocessing:
+            preprocessing = Preprocessing.from_json(preprocessing | {"mean_image": data.get("mean_image")})
+        settings = data.get("settings", {})
+        return cls(settings, variables, preprocessing, tuple(classes) if classes else None, "a run of ours")
+
     @property
     def num_classes(self) -> int:
         """Length of the logits."""

@@ -67,9 +67,9 @@ def read_weights(source: str, model: str | None) -> tuple[str, Pretrained]:
     if not model:
         raise UsageError(f"{source}: does not say which network it is of: --model=NAME is needed")
     found = read_pretrained(path, model)
-    return model, dataclasses.replace(found, history={"source": f"{source} ({found.title})"}) if is_remote(
-        source
-    ) else found
+    if is_remote(source):
+        found = dataclasses.replace(found, history=found.history | {"source": f"{source} ({found.title})"})
+    return model, found
 
 
 def resumed(workdir: pathlib.Path) -> Pretrained:
@@ -88,10 +88,5 @@ def _read_run(workdir: pathlib.Path, config: dict[str, Any]) -> Pretrained:
 
 def _known(workdir: pathlib.Path, variables: dict[str, Any] | None) -> Pretrained:
     data = read_json(workdir / DATA) or {}
-    classes, preprocessing = data.get("classes"), data.get("preprocessing")
-    if preprocessing:
-        preprocessing = Preprocessing.from_json(preprocessing)
-        if (workdir / MEAN).is_file():
-            preprocessing = dataclasses.replace(preprocessing, mean_image=np.load(workdir / MEAN))
-    settings = data.get("settings", {})
-    return Pretrained(settings, variables, preprocessing, tuple(classes) if classes else None, "a run of ours")
+    mean_image = np.load(workdir / MEAN) if (workdir / MEAN).is_file() else None
+    return Pretrained.of_run(data | {"mean_image": mean_image}, variables)

@@ -25,6 +25,7 @@ from resnet_jax.training.task import Evaluation, Task
 from resnet_jax.training.workdir import read_json
 
 EXIT_DIVERGED = 1
+_PROTOCOL = "center"  # Of the evaluations while training goes, and of the work directory's own summary.
 
 
 def _next_multiple(step: int, every: int, end: int) -> int:
@@ -99,19 +100,28 @@ class Training:
             self._writer.close()
             self._checkpoints.close()
 
-    def evaluate_only(self) -> int:
-        """Evaluates the latest checkpoint, or the initial weights where ``init.weights`` names some."""
+    def evaluate_only(
+        self, change: Callable[[TrainState, Callable[[], None]], TrainState] | None = None, name: str | None = None
+    ) -> int:
+        """Evaluates the latest checkpoint, or the initial weights where ``init.weights`` names some.
+
+        Args:
+          change: what is done with the state first; it gets ``poll``, as of ``Task.evaluate``.
+          name: of the folder below ``eval`` that the changed one's results go to.
+        """
         state, step, record = self._resume()
         self._checkpoints.close()
+        protocol = self._config.eval.protocol
         with StopSignal() as stop:
             try:
-                evaluation = self._task.evaluate(state, "test", stop.poll)
+                state = change(state, stop.poll) if change else state
+                evaluation = self._task.evaluate(state, "test", stop.poll, protocol)
             except Stopped:
                 self._console.line("stopped while evaluating; nothing was written")
                 return stop.exit_status
         before = read_json(self._workdir / "summary.json")
         summary = before if before and before.get("step") == step else self._summary(step, record)
-        self._report(summary, evaluation)
+        self._report(summary, evaluation, protocol, name)
         return 0
 
     def _resume(self) -> tuple[TrainState, int, Record]:
@@ -181,7 +191,20 @@ class Training:
                 batches.close()
         self._checkpoints.wait()
         record.seconds = time.monotonic() - self._started
-        self._report(self._summary(step, record), evaluation)
+        self._report(self._summary(step, record), evaluation, _PROTOCOL)
+        if config.eval.protocol != _PROTOCOL:
+            return self._evaluate_besides(state, step, record, stop)
+        return 0
+
+    def _evaluate_besides(self, state: TrainState, step: int, record: Record, stop: StopSignal) -> int:
+        """Evaluates by ``eval.protocol`` what has been trained, evaluated and saved."""
+        protocol = self._config.eval.protocol
+        try:
+            evaluation = self._task.evaluate(state, "test", stop.poll, protocol)
+        except Stopped:
+            self._console.line(f"stopped in {protocol}; the run is whole, and --mode=eval evaluates it again")
+            return stop.exit_status
+        self._report(self._summary(step, record), evaluation, protocol)
         return 0
 
     def _advance(
@@ -305,19 +328,23 @@ class Training:
             "train_top1_error": record.epoch_average("top1_error"),
             f"best_{self._task.objective}": record.best,
             "best_step": record.best_step,
-            "protocol": self._config.eval.protocol,
             "images_per_second": speed and speed * self._task.examples_per_step,
             "seconds": record.seconds,
         } | (streamed if self._task.streams else {})
 
-    def _report(self, summary: dict[str, Any], evaluation: Evaluation) -> None:
+    def _report(self, summary: dict[str, Any], evaluation: Evaluation, protocol: str, name: str | None = None) -> None:
         """Writes ``predictions.npz`` and ``summary.json``, and says where they are."""
-        partial = self._workdir / ".predictions.npz.partial"
+        parts = [part for part in (name, protocol if protocol != _PROTOCOL else None) if part]
+        folder = self._workdir.joinpath(*(["eval", "_".join(parts)] if parts else []))
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / ".predictions.npz.partial"
         with partial.open("wb") as file:
             np.savez(file, **evaluation.predictions)
-        partial.rename(self._workdir / "predictions.npz")
-        write_json(self._workdir / "summary.json", summary | evaluation.metrics)
-        self._console.line(f"test: {_describe(evaluation.metrics)}; wrote {self._workdir}/summary.json")
+        partial.rename(folder / "predictions.npz")
+        write_json(folder / "summary.json", summary | {"protocol": protocol} | evaluation.metrics)
+        self._console.line(
+            f"{', '.join(['test', *parts])}: {_describe(evaluation.metrics)}; wrote {folder}/summary.json"
+        )
 
 
 def _describe(metrics: dict[str, float]) -> str:

@@ -62,7 +62,7 @@ class Task(Protocol):
         It may have ``close``, and raise a UsageError for data that can't be read.
         """
 
-    def evaluate(self, state: TrainState, split: str, poll: Callable[[], None]) -> Evaluation:
+    def evaluate(self, state: TrainState, split: str, poll: Callable[[], None], protocol: str = "center") -> Evaluation:
         """Evaluates every example of a split once; ``poll`` is called often and may raise to break off."""
 
     def after_evaluation(self, state: TrainState, error: float) -> TrainState:

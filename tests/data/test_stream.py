@@ -54,7 +54,7 @@ def training(files: Files, rows: Rows, broken: str = "raise") -> Reader:
 
 
 def evaluation(files: Files, rows: Rows, broken: str = "raise") -> Reader:
-    return Reader(Views(files, CENTRE), EvaluationPlan(len(files), rows), 0, broken)
+    return Reader(Views(files, CENTRE), EvaluationPlan(np.arange(len(files), dtype=np.int32), rows), 0, broken)
 
 
 def read(reader: Reader, first: int, end: int, workers: int = 0, processes: bool = False, broken=None) -> list[Batch]:

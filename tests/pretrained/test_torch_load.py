@@ -1,6 +1,7 @@
 """Weights in torchvision's, timm's and akamaster's names against PyTorch networks that hold the same arrays."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
+from safetensors.numpy import save_file as save_arrays  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 import torch_networks  # noqa: E402
 
 import resnet_jax  # noqa: E402
 from resnet_jax import UsageError  # noqa: E402
+from resnet_jax.pretrained.load import read_pretrained  # noqa: E402
 
 torch.set_num_threads(1)
 TOLERANCE = 1e-4  # Absolute, of logits of about unit size.
@@ -83,6 +86,87 @@ def test_torchvision_networks_give_the_same_logits_and_features(model, tmp_path)
     assert_same_network(network, tmp_path / "net.pth", model, (64, 75))
 
 
+def torch_blocks(network: torch.nn.Module, images: np.ndarray) -> dict[str, np.ndarray]:
+    """What leaves every block, [N, H, W, C], by our names."""
+    outputs: dict[str, np.ndarray] = {}
+
+    def keep(name: str):
+        return lambda module, given, output: outputs.update({name: output.permute(0, 2, 3, 1).numpy()})
+
+    handles = [
+        block.register_forward_hook(keep(f"{stage.replace('layer', 'stage')}/block{number}"))
+        for stage in network.stages
+        for number, block in enumerate(getattr(network, stage), start=1)
+    ]
+    with torch.no_grad():
+        network(torch.tensor(images).permute(0, 3, 1, 2))
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+def our_blocks(module, variables, images: np.ndarray) -> dict[str, np.ndarray]:
+    """The same of ours."""
+    _, kept = jax.jit(lambda v, x: module.apply(v, x, capture_intermediates=True, mutable=["intermediates"]))(
+        variables, images
+    )
+    return {
+        f"{stage}/{block}": np.asarray(inside["__call__"][0])
+        for stage, blocks in kept["intermediates"].items() if stage.startswith("stage")
+        for block, inside in blocks.items() if block.startswith("block")
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "make", "sizes", "blocks"),
+    [
+        ("resnet18", lambda: imagenet("resnet18"), (64, 75), 8),
+        ("resnet50_v1_5", lambda: imagenet("resnet50_v1_5"), (64, 75), 16),
+        ("cifar_resnet20", lambda: cifar(20, "end"), (32, 29), 9),
+        ("cifar_resnet20", lambda: cifar(20, "both"), (32, 29), 9),
+    ],
+    ids=["resnet18", "resnet50_v1_5", "cifar zeros end", "cifar zeros both"],
+)
+def test_every_block_gives_the_same(model, make, sizes, blocks, tmp_path):
+    network = make()
+    content = akamasters(network) if getattr(network.layer2[0].downsample, "before", 0) else network.state_dict()
+    torch.save(content, tmp_path / "net.pth")
+    module, variables, _ = resnet_jax.load_pretrained(str(tmp_path / "net.pth"), model, dtype="float32")
+    for size in sizes:
+        images = np.random.default_rng(size).standard_normal((2, size, size, 3), np.float32)
+        expected, found = torch_blocks(network, images), our_blocks(module, variables, images)
+        assert len(expected) == blocks
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():  # In order, so that the first that differs has the mistake.
+            assert array.std() > 0.05, name
+            np.testing.assert_allclose(found[name], array, atol=TOLERANCE, rtol=0, err_msg=f"{name} at {size}")
+
+
+@pytest.mark.parametrize(
+    ("model", "make"),
+    [
+        ("resnet18", lambda: imagenet("resnet18")),
+        ("resnet50_v1_5", lambda: imagenet("resnet50_v1_5")),
+        ("cifar_resnet20", lambda: cifar(20)),
+    ],
+    ids=["resnet18", "resnet50_v1_5", "cifar_resnet20"],
+)
+def test_biases_of_convolutions_before_bn_go_into_its_mean(model, make, tmp_path):
+    network = make()
+    without = network(torch.zeros(1, 3, 32, 32)).detach()
+    for part in network.modules():
+        if isinstance(part, torch.nn.Conv2d):
+            part.bias = torch.nn.Parameter(torch.zeros(part.out_channels))
+    randomise(network)
+    state = network.state_dict()
+    assert "conv1.bias" in state
+    assert "layer1.0.conv1.bias" in state
+    assert ("layer2.0.downsample.0.bias" in state) == model.startswith("resnet")
+    assert not torch.allclose(network(torch.zeros(1, 3, 32, 32)), without, atol=0.01)
+    save_file(state, tmp_path / "net.safetensors")
+    assert_same_network(network, tmp_path / "net.safetensors", model, (33,))
+
+
 @pytest.mark.parametrize("depth", [20, pytest.param(56, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("zeros", ["end", "both"])
 def test_cifar_networks_give_the_same_logits_with_either_padding(depth, zeros, tmp_path):
@@ -121,6 +205,24 @@ def test_safetensors_and_pth_give_the_same_bits_and_timms_config_the_preprocessi
     jax.tree.map(np.testing.assert_array_equal, pth, tensors)
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"architecture": "resnetaa50"}, "config.json: is of timm's resnetaa50, which is no network here"),
+        ({"architecture": "resnet34"}, "holds resnet34 (says config.json beside it), not resnet18"),
+        ({"architecture": "resnet50"}, "holds resnet50_v1_5 (says config.json beside it), not resnet18"),
+        ({"pretrained_cfg": {"mean": [0, 0, 0]}}, "config.json: no config of timm's"),
+        ({"pretrained_cfg": None}, "config.json: no config of timm's"),
+    ],
+)
+def test_timms_config_of_another_network_is_named(config, says, tmp_path):
+    whole = {"mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1], "input_size": [3, 64, 64], "interpolation": "bicubic"}
+    values = {"architecture": "resnet18", "pretrained_cfg": whole} | config
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    state = imagenet("resnet18").state_dict()
+    assert says in refused(tmp_path / "model.pth", state, "resnet18", names=tmp_path)
+
+
 class Attack:
     """What a stranger's pickle may hold."""
 
@@ -128,13 +230,14 @@ class Attack:
         return (exec, ("import pathlib; pathlib.Path('attacked').touch()",))
 
 
-def refused(path, content, model: str = "resnet18") -> str:
+def refused(path: pathlib.Path, content, model: str = "resnet18", names: pathlib.Path | None = None) -> str:
+    """The one line that a file gives, which names it (or ``names``)."""
     torch.save(content, path)
     with pytest.raises(UsageError) as error:
         resnet_jax.load_pretrained(str(path), model)
     text = str(error.value)
     assert "\n" not in text
-    assert str(path) in text
+    assert str(names or path) in text
     return text
 
 
@@ -210,3 +313,59 @@ def test_vgg_16_gives_the_same_logits(model, normalised, tmp_path):
     with torch.no_grad():
         expected = network(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
     np.testing.assert_allclose(jax.jit(module.apply)(variables, images), expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def vgg_state(normalised: bool, names: str, classes: int = 7) -> dict[str, np.ndarray]:
+    """Random arrays of VGG-16 as torchvision has them, or the same ones as timm has them."""
+    state = {
+        name: tensor.numpy() for name, tensor in randomise(TorchvisionsVGG(normalised, classes)).state_dict().items()
+    }
+    if names == "torchvision":
+        return state
+    modules = {"classifier.0": "pre_logits.fc1", "classifier.3": "pre_logits.fc2", "classifier.6": "head.fc"}
+    # timm reads the map with a convolution of its size; a linear layer reads it channel by channel.
+    shapes = {"pre_logits.fc1.weight": (4096, 512, 7, 7), "pre_logits.fc2.weight": (4096, 4096, 1, 1)}
+    renamed = {}
+    for name, array in state.items():
+        module, _, leaf = name.rpartition(".")
+        timms = f"{modules.get(module, module)}.{leaf}"
+        renamed[timms] = array.reshape(shapes.get(timms, array.shape))
+    return renamed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "normalised"), [("vgg16", False), ("vgg16_bn", True)])
+def test_timms_vgg_is_torchvisions_under_other_names(model, normalised, tmp_path):
+    found = {}
+    for names in ("torchvision", "timm"):
+        state = vgg_state(normalised, names)
+        save_arrays(state, tmp_path / f"{names}.safetensors")
+        del state
+        found[names] = read_pretrained(tmp_path / f"{names}.safetensors", model)
+    assert (found["torchvision"].num_classes, found["timm"].num_classes) == (7, 7)
+    assert "timm" in found["timm"].title
+    jax.tree.map(np.testing.assert_array_equal, found["timm"].variables, found["torchvision"].variables)
+
+
+@pytest.mark.parametrize(
+    ("names", "held"),
+    [
+        (("features.0.weight", "classifier.0.weight"), "vgg16"),
+        (("features.0.weight", "features.1.running_mean", "classifier.0.weight"), "vgg16_bn"),
+        (("features.0.weight", "pre_logits.fc1.weight"), "vgg16"),
+        (("features.0.weight", "features.1.running_mean", "pre_logits.fc1.weight"), "vgg16_bn"),
+    ],
+)
+def test_a_vgg_is_seen_by_its_names_whatever_was_asked_for(names, held, tmp_path):
+    # Names come before shapes, so that these need not be half a gigabyte.
+    state = {name: torch.zeros(1) for name in names}
+    assert f"holds {held}, not resnet50" in refused(tmp_path / "net.pth", state, "resnet50")
+    other = {"vgg16": "vgg16_bn", "vgg16_bn": "vgg16"}[held]
+    assert f"holds {held}, not {other}" in refused(tmp_path / "net.pth", state, other)
+
+
+def test_a_resnet_asked_for_as_a_vgg_is_named(tmp_path):
+    path = tmp_path / "net.pth"
+    assert "holds resnet18, not vgg16" in refused(path, imagenet("resnet18").state_dict(), "vgg16")
+    assert "holds resnet50_v1_5, not vgg16_bn" in refused(path, imagenet("resnet50_v1_5").state_dict(), "vgg16_bn")
+    assert "holds cifar_resnet20, not vgg16" in refused(path, akamasters(cifar(20)), "vgg16")

@@ -1,5 +1,7 @@
 """What we write against PyTorch that reads it, and against ourselves."""
 
+import dataclasses
+import pathlib
 import subprocess
 import sys
 
@@ -32,16 +34,44 @@ def weights(model: str, **settings) -> Pretrained:
     return Pretrained(settings, variables, PREPROCESSING, tuple("abcde"), "a test's")
 
 
-def test_torchvisions_networks_load_strictly_and_give_the_same_logits(tmp_path):
-    ours = weights("resnet50_v1_5")
-    save_safetensors(tmp_path / "net.safetensors", "resnet50_v1_5", ours)
-    network = torch_networks.ResNet("bottleneck v1.5", (3, 4, 6, 3), (256, 512, 1024, 2048), 5, "B")
-    network.load_state_dict(load_file(tmp_path / "net.safetensors"), strict=True)
+TWINS = {
+    "resnet18": ("basic", (2, 2, 2, 2), (64, 128, 256, 512)),
+    "resnet50_v1_5": ("bottleneck v1.5", (3, 4, 6, 3), (256, 512, 1024, 2048)),
+}
+
+
+def assert_torch_gives_the_same(file: pathlib.Path, model: str, ours: Pretrained) -> None:
+    """A PyTorch network takes the file strictly, and has our logits."""
+    block, layers, widths = TWINS[model]
+    network = torch_networks.ResNet(block, layers, widths, 5, "B")
+    network.load_state_dict(load_file(file), strict=True)
     images = np.random.default_rng(0).standard_normal((2, 65, 65, 3), np.float32)
     with torch.no_grad():
         expected = network.eval()(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
-    logits = jax.jit(create_model("resnet50_v1_5", 5, "float32").apply)(ours.variables, images)
+    logits = jax.jit(create_model(model, 5, "float32").apply)(ours.variables, images)
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", TWINS)
+def test_torchvisions_networks_load_strictly_and_give_the_same_logits(model, tmp_path):
+    ours = weights(model)
+    save_safetensors(tmp_path / "net.safetensors", model, ours)
+    assert_torch_gives_the_same(tmp_path / "net.safetensors", model, ours)
+
+
+def test_a_mean_image_is_in_the_file_and_not_in_torchs_way(tmp_path):
+    image = np.random.default_rng(0).uniform(0, 1, (40, 40, 3)).astype(np.float32)
+    ours = weights("resnet18")
+    ours = dataclasses.replace(ours, preprocessing=dataclasses.replace(PREPROCESSING, mean_image=image))
+    save_safetensors(tmp_path / "net.safetensors", "resnet18", ours)
+    assert_torch_gives_the_same(tmp_path / "net.safetensors", "resnet18", ours)
+    again = read_pretrained(tmp_path / "net.safetensors", "resnet18").preprocessing
+    np.testing.assert_array_equal(again.mean_image, image)
+    assert again.mean_image.dtype == np.float32
+    assert again == PREPROCESSING  # But for the image, which a comparison leaves out.
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 40, 40, 3), np.uint8)
+    expected = (pixels / 255 - image) / np.array(PREPROCESSING.std)
+    np.testing.assert_allclose(again.normalise(pixels), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
