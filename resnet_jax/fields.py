@@ -159,8 +159,8 @@ FIELDS = (
     Field("log.tensorboard", True, "", "Write TensorBoard events too.", recipe=False),
     Field("deterministic", False, "", "Bit-exact reruns on GPUs, slower (CPUs and TPUs are exact anyway).",
           recipe=False),
-    Field("init.weights", "", "path", "Start from these weights: a file (.safetensors; torch's, Caffe's, Keras's), the work"
-          " directory of a run, hf:OWNER/NAME or https://...#sha256=DIGITS. They bring their preprocessing."),
+    Field("init.weights", "", "path", "Start from these weights: a file (.safetensors; torch's, Caffe's, Keras's), the"
+          " work directory of a run, hf:OWNER/NAME or https://...#sha256=DIGITS. They bring their preprocessing."),
     Field("init.head", "keep", "", "The classifier of init.weights: keep it, or replace it by a new one for the data's"
           " classes.", ("keep", "replace")),
 )  # fmt: skip

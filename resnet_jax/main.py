@@ -3,6 +3,7 @@
     python -m resnet_jax.main --config=digits_20
     python -m resnet_jax.main --config=configs/cifar_20.py --workdir=runs/mine --config.seed=1
     python -m resnet_jax.main --config=cifar_20 --workdir=runs/mine --mode=eval
+    python -m resnet_jax.main --config=cifar_110 --seeds=0,1,2,3,4
 
 The same command again resumes. The work directory gets config.json, metrics.jsonl, TensorBoard events,
 checkpoints/, summary.json and predictions.npz.
@@ -25,6 +26,9 @@ flags.DEFINE_enum(
     "train (or resume); eval: evaluate the latest checkpoint;"
     " calibrate: make BN statistics averages over the training set, evaluate, and write calibrated.safetensors.",
 )
+flags.DEFINE_list(
+    "seeds", None, "Several runs, one a seed (--seeds=0,1,2), each in its own folder seed_<N> of workdir."
+)
 FLAGS = flags.FLAGS
 
 
@@ -40,9 +44,15 @@ def main(overrides: list[tuple[str, str]]) -> int:
     if config.deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
 
-    from resnet_jax.run import run_classification  # JAX starts here, after its settings.
+    from resnet_jax.run import run_classification, run_seeds  # JAX starts here, after its settings.
 
-    return run_classification(config, workdir, FLAGS.mode, [name for name, _ in overrides])
+    explicit = [name for name, _ in overrides]
+    if FLAGS.seeds is None:
+        return run_classification(config, workdir, FLAGS.mode, explicit)
+    seeds = FLAGS.seeds
+    if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds) or "seed" in explicit:
+        raise UsageError(f"--seeds={','.join(seeds)}: expected different whole numbers, as 0,1,2, and no --config.seed")
+    return run_seeds(config, workdir, FLAGS.mode, list(map(int, seeds)), explicit)
 
 
 if __name__ == "__main__":

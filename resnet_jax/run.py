@@ -1,9 +1,10 @@
 """From a config to a run: devices, task, work directory, loop; and back from a work directory to its task."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 import contextlib
 import dataclasses
 import pathlib
+import statistics
 
 import jax
 import ml_collections
@@ -19,6 +20,7 @@ from resnet_jax.pretrained.source import read_weights, resumed
 from resnet_jax.pretrained.start import starting_weights
 from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.loop import Training
+from resnet_jax.training.metrics import write_json
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.workdir import check_data, check_recipe, check_writable, open_workdir, read_json
 
@@ -77,6 +79,59 @@ def run_classification(
             return training.evaluate_only(*((calibrate, "calibrated") if mode == "calibrate" else ()))
 
 
+def run_seeds(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, mode: str, seeds: Sequence[int], explicit: Collection[str]
+) -> int:
+    """Does the same for several seeds, one after another; returns the exit status of the first that has one.
+
+    Each has its folder ``seed_<N>`` in ``workdir``; the same call goes on where it was stopped. ``seeds.json`` has the
+    errors, their mean and their standard deviation (of a sample: n - 1).
+    """
+    errors = {}
+    for seed in seeds:
+        config = config.copy_and_resolve_references()
+        config.seed = seed
+        print(f"seed {seed}", flush=True)
+        status = run_classification(config, workdir / f"seed_{seed}", mode, explicit)
+        if status:
+            return status
+        errors[str(seed)] = read_json(workdir / f"seed_{seed}" / "summary.json")["top1_error"]
+    found = {"top1_error": errors, **spread(list(errors.values()))}
+    write_json(workdir / "seeds.json", found)
+    deviation = "" if found["std"] is None else f" +- {found['std']:.2f}"
+    print(f"{len(seeds)} seeds: top1 error {found['mean']:.2f}{deviation}%, best {found['best']:.2f}%;"
+          f" wrote {workdir}/seeds.json", flush=True)  # fmt: skip
+    return 0
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """``mean``, ``std`` (n - 1; None of a single value) and ``best``, the least."""
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "best": min(values),
+    }
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """The config that a run was made with.
+
+    Raises:
+      UsageError: no run of this version's is there.
+    """
+    values = read_json(workdir / "config.json")
+    if values is None:
+        raise UsageError(f"{workdir}: no work directory of a run (no config.json in it)")
+    return restore_config(values, str(workdir))
+
+
+def evaluate_run(workdir: pathlib.Path, protocol: str) -> int:
+    """Evaluates a run again, by any test protocol, as ``--mode=eval`` with its own config does."""
+    config = read_config(workdir)
+    config.eval.protocol = protocol
+    return run_classification(config, workdir, "eval")
+
+
 @contextlib.contextmanager
 def open_run(workdir: pathlib.Path) -> Iterator[tuple[Classification, TrainState]]:
     """A run that exists, for whoever looks into it: its task and its state, with the devices' mesh in force.
@@ -84,19 +139,16 @@ def open_run(workdir: pathlib.Path) -> Iterator[tuple[Classification, TrainState
     Raises:
       UsageError: no run of this version's is there, or its data are not.
     """
-    values = read_json(workdir / "config.json")
-    if values is None:
-        raise UsageError(f"{workdir}: no work directory of a run (no config.json in it)")
-    config = restore_config(values, str(workdir))
+    config, mesh = read_config(workdir), distributed.make_mesh()
     if config.model.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    mesh = distributed.make_mesh()
     with jax.set_mesh(mesh):
-        start = starting_weights(config) if latest_step(workdir) is None else read_weights(str(workdir), None)[1]
+        if latest_step(workdir) is None:
+            start = starting_weights(config)
+        else:
+            start, config.init.head = read_weights(str(workdir), None)[1], "keep"
         if start is None:
             raise UsageError(f"{workdir}: has no checkpoint")
-        if latest_step(workdir) is not None:
-            config.init.head = "keep"
         task = Classification(config, mesh, start)
         check_data(workdir, task.description, training=False)
         yield task, task.initial_state()

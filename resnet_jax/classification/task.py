@@ -143,6 +143,11 @@ class Classification:
         }
 
     @property
+    def test_examples(self) -> int:
+        """How many examples the test set has."""
+        return self._feeds["test"].examples
+
+    @property
     def broken(self) -> dict[str, str]:
         # Copies: another thread adds to them.
         return {where: reason for feed in self._feeds.values() for where, reason in feed.broken.copy().items()}

@@ -4,6 +4,7 @@ The messages are told to the protobuf library here, as far as they matter (field
 """
 
 import functools
+import math
 import pathlib
 from typing import Any
 
@@ -72,19 +73,19 @@ def read_caffemodel(path: pathlib.Path) -> dict[str, np.ndarray]:
     for layer in _parse(path, "NetParameter").layer:
         if not layer.blobs:
             continue
-        names = _BLOBS.get(layer.type)
+        names, where = _BLOBS.get(layer.type), f"{path}: layer {layer.name}"
         if names is None or len(layer.blobs) > len(names):
-            raise UsageError(
-                f"{path}: layer {layer.name} ({layer.type}, {len(layer.blobs)} arrays) is of no known kind"
-            )
-        found = {name: _array(path, layer.name, blob) for name, blob in zip(names, layer.blobs, strict=False)}
+            raise UsageError(f"{where} ({layer.type}, {len(layer.blobs)} arrays) is of no known kind")
+        found = {name: _array(where, blob) for name, blob in zip(names, layer.blobs, strict=False)}
         # Older files give every array four axes.
-        found = {name: array if name == "weight" and layer.type == "Convolution" else
-                 array.reshape(-1, array.shape[-1]) if name == "weight" and layer.type == "InnerProduct" else
-                 array.reshape(-1) for name, array in found.items()}  # fmt: skip
+        axes = {("Convolution", "weight"): 4, ("InnerProduct", "weight"): 2}
+        found = {name: _last_axes(where, array, axes.get((layer.type, name), 1)) for name, array in found.items()}
         if layer.type == "BatchNorm" and "divisor" in found:
-            divisor = float(found.pop("divisor")[0])
-            factor = 1 / divisor if divisor else 0.0  # Zero is what Caffe writes before it has learnt anything.
+            divisor = found.pop("divisor")
+            if divisor.shape != (1,) or not np.isfinite(divisor[0]):
+                raise UsageError(f"{where}: its divisor is one finite number, not {divisor.tolist()[:3]}")
+            # Zero is what Caffe writes before it has learnt anything.
+            factor = 1 / float(divisor[0]) if divisor[0] else 0.0
             found = {name: (array * factor).astype(np.float32) for name, array in found.items()}
         arrays |= {f"{layer.name}.{name}": array for name, array in found.items()}
     if not arrays:
@@ -94,17 +95,16 @@ def read_caffemodel(path: pathlib.Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def read_mean(path: pathlib.Path) -> np.ndarray:
-    """A mean image, float32 [H, W, 3], red, green, blue, of images in [0, 1].
+def read_mean(path: pathlib.Path, size: int) -> np.ndarray:
+    """A mean image, float32 [size, size, 3], red, green, blue, of images in [0, 1].
 
     Raises:
-      UsageError: it can't be read.
+      UsageError: it can't be read, or is of another size.
     """
-    blob = _parse(path, "BlobProto")
-    array = _array(path, "the mean", blob)
-    if array.ndim not in (3, 4) or array.shape[-3] != 3:
-        raise UsageError(f"{path}: a mean image of shape {array.shape}, where (3, height, width) is known")
-    planes = array.reshape(array.shape[-3:])  # Blue, green, red.
+    array = _array(f"{path}: the mean image", _parse(path, "BlobProto"))
+    if array.shape not in ((3, size, size), (1, 3, size, size)) or not np.isfinite(array).all():
+        raise UsageError(f"{path}: expected a mean image of shape (3, {size}, {size}), all finite; it is {array.shape}")
+    planes = array.reshape(3, size, size)  # Blue, green, red.
     return np.ascontiguousarray(planes[::-1].transpose(1, 2, 0) / np.float32(255))
 
 
@@ -115,9 +115,15 @@ def _parse(path: pathlib.Path, name: str) -> Any:
         raise UsageError(f"{path}: not a whole Caffe file ({error})") from error
 
 
-def _array(path: pathlib.Path, name: str, blob: Any) -> np.ndarray:
-    values = np.frombuffer(b"".join(blob.data), "<f4")
+def _array(where: str, blob: Any) -> np.ndarray:
+    data = b"".join(blob.data)
     shape = tuple(blob.shape.dim) if blob.HasField("shape") else (blob.num, blob.channels, blob.height, blob.width)
-    if values.size != np.prod(shape, dtype=np.int64):
-        raise UsageError(f"{path}: {name} has {values.size} values, and its shape {shape} says otherwise")
-    return values.reshape(shape)
+    if min(shape, default=0) < 0 or len(data) != 4 * math.prod(shape):
+        raise UsageError(f"{where} has {len(data) / 4:g} values, and its shape {shape} says otherwise")
+    return np.frombuffer(data, "<f4").reshape(shape)
+
+
+def _last_axes(where: str, array: np.ndarray, axes: int) -> np.ndarray:
+    if array.ndim < axes or array.shape[: array.ndim - axes] != (1,) * (array.ndim - axes):
+        raise UsageError(f"{where} has an array of shape {array.shape}, where {axes} axes are known")
+    return array.reshape(array.shape[array.ndim - axes :])

@@ -192,8 +192,12 @@ MSRA = Format("the authors' ResNets (Caffe)", (r"res2[abc]_branch2",), _msra(_le
 KERAS = Format("Keras applications' ResNets", (r"conv\d_block\d+_\d_(conv|bn)/",), _KERAS, _KERAS_LEAVES,
                transposed=False, stride_in="first", epsilon=1.001e-5, bgr=True, preprocessing=_MSRA_INPUT)  # fmt: skip
 
+KERAS_PUBLISHED = dataclasses.replace(  # The published files' classifier has an older name.
+    KERAS, signature=(*KERAS.signature, "probs/"), rows=_KERAS | {"head": lambda: "probs"}
+)
+
 # The first whose signature is there: what says more comes before what says less.
-FORMATS = (AKAMASTER, TORCHVISION, VGG_BN, VGG, TIMM_VGG_BN, TIMM_VGG, MSRA_DEEP, MSRA, KERAS)
+FORMATS = (AKAMASTER, TORCHVISION, VGG_BN, VGG, TIMM_VGG_BN, TIMM_VGG, MSRA_DEEP, MSRA, KERAS_PUBLISHED, KERAS)
 
 
 def recognise(names: Iterable[str]) -> Format | None:

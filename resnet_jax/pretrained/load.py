@@ -7,9 +7,6 @@ import json
 import pathlib
 from typing import Any
 
-from flax import linen as nn, traverse_util
-import jax
-from jax import numpy as jnp
 import numpy as np
 
 from resnet_jax.errors import UsageError
@@ -18,7 +15,8 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.pretrained import preprocessing as preprocessing_lib
 from resnet_jax.pretrained.caffe import read_mean
 from resnet_jax.pretrained.files import Arrays, read_arrays, read_metadata
-from resnet_jax.pretrained.formats import EPSILON, FORMATS, Format, recognise
+from resnet_jax.pretrained.fit import fit
+from resnet_jax.pretrained.formats import FORMATS, Format, recognise
 from resnet_jax.pretrained.preprocessing import Preprocessing
 
 FORMAT = "resnet_jax"  # In the metadata of our own files.
@@ -88,10 +86,12 @@ def read_pretrained(path: pathlib.Path, model: str) -> Pretrained:
     if timm and timm[0] != model:
         raise UsageError(f"{path}: holds {timm[0]} (says config.json beside it), not {model}")
     settings = _settings(path, arrays, known, model)
-    variables = _fit(path, arrays, known, model, settings)
+    variables = fit(path, arrays, known, model, settings)
     preprocessing = known.preprocessing or (timm[1] if timm else preprocessing_lib.usual(default_input(model)[0]))
     if known.mean_file and path.with_name(known.mean_file).is_file():
-        preprocessing = dataclasses.replace(preprocessing, mean_image=read_mean(path.with_name(known.mean_file)))
+        preprocessing = dataclasses.replace(
+            preprocessing, mean_image=read_mean(path.with_name(known.mean_file), preprocessing.image_size)
+        )
     found = Pretrained(
         settings, variables, preprocessing, known.classes, known.title, {"source": f"{path.name} ({known.title})"}
     )
@@ -113,7 +113,7 @@ def _read_ours(path: pathlib.Path, arrays: Arrays, metadata: dict[str, str], mod
         preprocessing = dataclasses.replace(preprocessing, mean_image=image)
     return Pretrained(
         settings,
-        _fit(path, arrays, names, model, settings),
+        fit(path, arrays, names, model, settings),
         preprocessing,
         tuple(classes) if classes else None,
         "a file of ours",
@@ -172,64 +172,3 @@ def _name_of(blocks: tuple[int, ...], bottleneck: bool, stride_in: str) -> str:
             return f"{name}_v1_5" if bottleneck and stride_in == "middle" else name
     kind = "bottleneck" if bottleneck else "basic"
     return f"a network of {', '.join(map(str, blocks))} {kind} blocks"
-
-
-def _fit(
-    path: pathlib.Path, arrays: Arrays, known: Format | None, model: str, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """The arrays as variables of the network; a UsageError names the first that does not fit.
-
-    Args:
-      path: their file.
-      arrays: by their names.
-      known: their format; None for our own names.
-      model: our name of the network.
-      settings: its attributes.
-    """
-    head = known.theirs("params/head/bias") if known else "params/head/bias"
-    classes = arrays[head].shape[0] if head in arrays and arrays[head].ndim else default_input(model)[1]
-    shapes = traverse_util.flatten_dict(_shapes(create_model(model, classes, "float32", **settings), model), sep="/")
-    variables, used = {}, set()
-    for ours, leaf in shapes.items():
-        theirs = known.theirs(ours) if known else ours
-        if theirs not in arrays:
-            raise UsageError(f"{path}: {theirs} is missing, which {model} needs for {ours}")
-        array, expected = arrays[theirs], known.their_shape(ours, leaf.shape) if known else leaf.shape
-        if array.shape != expected:
-            raise UsageError(f"{path}: {theirs} has shape {array.shape}, and {model} needs {expected}")
-        used.add(theirs)
-        if known:
-            array = known.to_ours(array, leaf.shape)
-            folded = (
-                known.theirs(_bias_before(ours)) if ours.endswith("/mean") and _bias_before(ours) not in shapes else ""
-            )
-            array = _folded(ours, array, arrays.get(folded), known)
-            used |= {folded} & arrays.keys()
-        if not np.isfinite(array).all():
-            raise UsageError(f"{path}: {theirs} has values that are not finite")
-        variables[ours] = np.ascontiguousarray(array, np.float32)
-    unused = sorted(arrays.keys() - used)
-    if unused:
-        raise UsageError(f"{path}: {unused[0]} is no part of {model} ({len(unused)} such arrays)")
-    return traverse_util.unflatten_dict(variables, sep="/")
-
-
-def _shapes(module: nn.Module, model: str) -> Any:
-    size = default_input(model)[0]
-    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
-
-
-def _bias_before(mean: str) -> str:
-    """The bias of the convolution whose output has this running mean."""
-    return mean.replace("batch_stats/", "params/").replace("bn", "conv").replace("/mean", "/bias")
-
-
-def _folded(ours: str, array: np.ndarray, bias: np.ndarray | None, known: Format) -> np.ndarray:
-    """What a format computes otherwise, as other values of our arrays: exact for whoever uses running statistics."""
-    if bias is not None:  # BN subtracts a mean from what the convolution has added: it may as well subtract less.
-        return array.astype(np.float64) - bias
-    if ours.endswith("/var") and known.epsilon != EPSILON:
-        return array.astype(np.float64) + (known.epsilon - EPSILON)
-    if ours == "params/stem/conv/kernel" and known.bgr:
-        return array[:, :, ::-1].astype(np.float64) * (255 * np.array(known.preprocessing.std)[:, None])
-    return array

@@ -1,0 +1,74 @@
+"""Averages the predictions of several runs: each member's error, and the ensemble's.
+
+    python -m resnet_jax.ensemble --runs=runs/cifar_56,runs/cifar_110
+    python -m resnet_jax.ensemble --runs=runs/a,runs/b,runs/c --select=0.5
+
+The runs must have been evaluated on the same examples; --evaluate evaluates those that were not.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+from resnet_jax import cli
+from resnet_jax.errors import UsageError
+
+flags.DEFINE_list("runs", None, "Work directories, or .npz files of predictions, separated by commas.")
+flags.DEFINE_string("protocol", "center", "Whose predictions: of center, ten_crop or multi_scale.")
+flags.DEFINE_bool("evaluate", False, "Evaluate the runs that have no such predictions first.")
+flags.DEFINE_float(
+    "select", 0.0, "Choose members on this share of the examples and judge them on the rest; 0: take all."
+)
+flags.DEFINE_string("output", None, "Write the ensemble's predictions to this .npz.")
+flags.DEFINE_bool("json", False, "Print one JSON object.")
+FLAGS = flags.FLAGS
+
+
+def main(overrides: list[tuple[str, str]]) -> int:
+    """Flags in, one call."""
+    if overrides:
+        raise UsageError(f"--config.{overrides[0][0]} is no setting of ensemble; --help lists them")
+    if not 0 <= FLAGS.select < 1:
+        raise UsageError(f"--select={FLAGS.select} is a share of the examples: at least 0 and below 1")
+    if FLAGS.output and not FLAGS.output.endswith(".npz"):
+        raise UsageError(f"--output={FLAGS.output}: the file's name ends in .npz")
+
+    import numpy as np
+
+    from resnet_jax.classification import ensemble
+
+    files = [ensemble.predictions_file(run, FLAGS.protocol) for run in FLAGS.runs]
+    if FLAGS.evaluate:
+        from resnet_jax.run import evaluate_run
+
+        for run, file in zip(FLAGS.runs, files, strict=True):
+            if not file.is_file() and file.suffix == ".npz" and not run.endswith(".npz"):
+                evaluate_run(pathlib.Path(run).expanduser(), FLAGS.protocol)
+    members = [ensemble.read_predictions(file) for file in files]
+    ensemble.check_same_examples(FLAGS.runs, members)
+
+    seen = ensemble.hold_out(len(members[0]["index"]), FLAGS.select)
+    judged, taken = ~seen if FLAGS.select else None, list(range(len(members)))
+    if FLAGS.select:
+        taken = ensemble.select_greedily(members, seen)
+    together = ensemble.combine([members[i] for i in taken])
+    rows = [(run, ensemble.errors(member, judged)) for run, member in zip(FLAGS.runs, members, strict=True)]
+    chosen = [FLAGS.runs[i] for i in taken]
+    rows.append((f"ensemble of {len(chosen)}", ensemble.errors(together, judged)))
+    if FLAGS.json:
+        print(json.dumps({"members": dict(rows[:-1]), "chosen": chosen, "ensemble": rows[-1][1]}))
+    else:
+        width = max(len(name) for name, _ in rows)
+        for name, found in rows:
+            print(f"{name:{width}}  top1 error {found['top1_error']:6.2f}%  top5 error {found['top5_error']:6.2f}%"
+                  f"  loss {found['loss']:.4f}  {found['examples']} examples")  # fmt: skip
+        if FLAGS.select:
+            print(f"chosen on the other {seen.sum()} examples: {', '.join(chosen)}")
+    if FLAGS.output:
+        np.savez(FLAGS.output, **together)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__, needs=["runs"])

@@ -1,0 +1,111 @@
+"""Runs of ours as a report sees them: what was trained on what, how far, with what errors."""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from resnet_jax.config import restore_config
+from resnet_jax.errors import UsageError
+from resnet_jax.training.workdir import DATA, read_json
+
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+ANALYSIS = "analysis.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One work directory.
+
+    Attributes:
+      folder: where it is.
+      config: the flat config.
+      summaries: by test protocol: what ``summary.json`` says; ``calibrated`` besides.
+      data: ``cifar10``, ``imagenet`` or ``other``.
+      metrics: the lines of ``metrics.jsonl``.
+      analysis: what ``paper.analysis`` found, or nothing.
+    """
+
+    folder: pathlib.Path
+    config: dict[str, Any]
+    summaries: dict[str, dict[str, Any]]
+    data: str
+    metrics: list[dict[str, Any]]
+    analysis: dict[str, Any]
+
+    @property
+    def model(self) -> str:
+        """Our name of the network."""
+        return self.config["model.name"]
+
+    @property
+    def name(self) -> str:
+        """What the report calls it."""
+        parent = f"{self.folder.parent.name}/" if self.folder.name.startswith("seed_") else ""
+        return parent + self.folder.name
+
+    @property
+    def imported(self) -> bool:
+        """Whether the weights are somebody else's, evaluated here."""
+        return bool(self.config["init.weights"]) and not self.summary.get("step")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """That of the single view."""
+        return self.summaries.get("center", {})
+
+    @property
+    def total_steps(self) -> int:
+        """How long the training was meant to be, iterations, as far as its config says; 0 where it counts epochs."""
+        return self.config["steps"]
+
+
+def find_runs(folders: Sequence[str]) -> list[pathlib.Path]:
+    """The work directories that are meant; of a folder of several seeds, each seed's.
+
+    Raises:
+      UsageError: there is none.
+    """
+    found = []
+    for name in folders:
+        folder = pathlib.Path(name).expanduser()
+        if not folder.is_dir():
+            raise UsageError(f"--runs={name}: no such folder")
+        below = sorted(folder.glob("seed_*"), key=lambda path: (len(path.name), path.name))
+        runs = [folder] if (folder / "config.json").is_file() else [p for p in below if (p / "config.json").is_file()]
+        if not runs:
+            raise UsageError(f"--runs={name}: no work directory of a run (no config.json in it)")
+        found += runs
+    return found
+
+
+def read_run(folder: pathlib.Path) -> Run:
+    """Reads a work directory.
+
+    Raises:
+      UsageError: it has never been evaluated, is another version's, or damaged.
+    """
+    config = read_json(folder / "config.json")
+    restore_config(config, str(folder))
+    summaries = {}
+    for path in (folder / "summary.json", *sorted(folder.glob("eval/*/summary.json"))):
+        found = read_json(path)
+        if found is not None:
+            summaries["center" if path.parent == folder else path.parent.name] = found
+    if not summaries:
+        raise UsageError(f"{folder}: has no summary.json, since it was never evaluated; --mode=eval does it")
+    metrics = []
+    if (folder / "metrics.jsonl").is_file():
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            try:
+                metrics.append(json.loads(line))
+            except ValueError:  # The last line of a run that was killed while it wrote.
+                continue
+    analysis = read_json(folder / ANALYSIS) or {}
+    return Run(folder, config, summaries, _data_of(folder), metrics, analysis)
+
+
+def _data_of(folder: pathlib.Path) -> str:
+    classes = tuple((read_json(folder / DATA) or {}).get("classes", ()))
+    return "cifar10" if classes == _CIFAR10 else "imagenet" if len(classes) == 1000 else "other"
