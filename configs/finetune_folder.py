@@ -3,7 +3,7 @@
     python -m resnet_jax.main --config=configs/finetune_folder.py --config.model.name=resnet50_v1_5 \
       --config.init.weights=resnet50.safetensors --config.data.dir=FOLDER
 
-The weights (torchvision's, timm's, akamaster's or ours) bring their preprocessing; the classifier is replaced by a new
+The weights, of any format that README names, bring their preprocessing; the classifier is replaced by a new
 one for the folder's classes, which learns ten times as fast. Stops when three evaluations in a row are no better.
 --config.model.freeze_at=2 leaves the stem and stage 1 as they came, --config.model.batch_norm=frozen BN's statistics.
 """

@@ -1,6 +1,7 @@
 """What all entry points share: flags, and one line for a user's mistake."""
 
 from collections.abc import Callable, Sequence
+import contextlib
 import os
 import re
 import sys
@@ -74,7 +75,9 @@ def run(main: Callable[..., int | None], usage: str, needs: Sequence[str] = (), 
 
     _quiet()
     if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in sys.argv[1:]):
-        print(f"{usage}\n\n{_flag_help()}")
+        with contextlib.suppress(BrokenPipeError):  # Whoever reads it may have seen enough.
+            print(f"{usage}\n\n{_flag_help()}", flush=True)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         sys.exit(0)
     app.run(body, flags_parser=parse)
 

@@ -48,8 +48,13 @@ def main(overrides: list[tuple[str, str]]) -> int:
         save.save_safetensors(output, model, weights)
         known = save.torchvision_names(model, weights)
         content = "torchvision's names" if known else "our names, since torchvision has no such network"
+    try:
+        page = card.write_card(output, model, weights, content)
+    except UsageError:
+        output.unlink()
+        raise
     print(f"{output}: {content}")
-    print(f"{card.write_card(output, model, weights, content)}: what it is and how to use it")
+    print(f"{page}: what it is and how to use it")
     return 0
 
 

@@ -43,11 +43,17 @@ def run_classification(
       UsageError: before anything is written, where config, data, devices and work directory don't fit.
     """
     workdir = workdir.absolute()
-    check_recipe(workdir, flatten(config), training=mode == "train")
-    check_writable(workdir)
     done = latest_step(workdir)
-    if mode != "train" and done is None and not config.init.weights:
-        raise UsageError(f"--mode={mode}: {workdir} has no checkpoint; train it first, or set --config.init.weights")
+    if done is not None or (workdir / "metrics.jsonl").exists():  # Else nothing was trained there that would be lost.
+        check_recipe(workdir, flatten(config), training=mode == "train")
+    check_writable(workdir)
+    if mode != "train" and done is None:
+        if not config.init.weights:
+            raise UsageError(
+                f"--mode={mode}: {workdir} has no checkpoint; train it first, or set --config.init.weights"
+            )
+        if config.init.head == "replace":
+            raise UsageError(f"--mode={mode}: a new head knows nothing; --config.init.head=keep evaluates the weights'")
     if config.model.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     mesh = distributed.make_mesh()

@@ -14,8 +14,8 @@ from jax import numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
-from resnet_jax.data.crops import CenterCrop
 from resnet_jax.data.decode import EXTENSIONS, BrokenImage, decode
+from resnet_jax.data.ilsvrc import class_numbers
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import create_model
 from resnet_jax.pretrained.load import Pretrained
@@ -56,7 +56,8 @@ def find_images(arguments: Sequence[str]) -> list[str]:
             below = (str(file) for file in sorted(pathlib.Path(path).rglob("*")))
             matches = [file for file in below if file.lower().endswith(EXTENSIONS)]
         else:
-            matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+            matched = sorted(glob.glob(path, recursive=True))
+            matches = [path] if os.path.isfile(path) else [m for m in matched if m.lower().endswith(EXTENSIONS)]
         if not matches:
             raise UsageError(f"{argument}: no such image, or folder of images")
         found += matches
@@ -78,6 +79,22 @@ def imagenet_names() -> dict[str, str]:
     return dict(line.split(" ", 1) for line in text.splitlines())
 
 
+def challenge_numbers(kit: str, weights: Pretrained) -> list[int]:
+    """The challenge's number of each class, in the order of the logits; its test server wants those.
+
+    Args:
+      kit: ILSVRC 2012's development kit, as of ``data.ilsvrc.class_numbers``.
+      weights: of a network for ImageNet's classes.
+
+    Raises:
+      UsageError: the kit can't be read, or the classes are others.
+    """
+    numbers, classes = class_numbers(pathlib.Path(kit).expanduser()), weights.classes or tuple(imagenet_names())
+    if len(classes) != weights.num_classes or not set(classes) <= set(numbers):
+        raise UsageError(f"--submission: the network's {weights.num_classes} classes are not ImageNet's")
+    return [numbers[wnid] for wnid in classes]
+
+
 def read_view(path: str, preprocessing: Preprocessing, channels: int) -> np.ndarray:
     """What the network sees of a file, upright (EXIF): uint8 [size, size, channels].
 
@@ -88,15 +105,15 @@ def read_view(path: str, preprocessing: Preprocessing, channels: int) -> np.ndar
         content = pathlib.Path(path).read_bytes()
         pixels = decode(content)
         with Image.open(io.BytesIO(content)) as image:
-            turned = image.getexif().get(_ORIENTATION, 1)
+            # Pillow turns TIFFs itself when it decodes them.
+            turned = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
     except (OSError, BrokenImage) as error:
         raise UsageError(f"{path}: not a readable image ({error})") from error
     if turned != 1:
         upright = Image.fromarray(pixels)
         upright.getexif()[_ORIENTATION] = turned
         pixels = np.asarray(ImageOps.exif_transpose(upright))
-    crop = CenterCrop(preprocessing.image_size, preprocessing.resize, preprocessing.interpolation)
-    pixels = crop(pixels, np.empty(0))
+    pixels = preprocessing.view(pixels, np.empty(0))
     return pixels if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 
 
@@ -118,7 +135,7 @@ def predict(model: str, weights: Pretrained, paths: Sequence[str], batch: int = 
     head = weights.variables["params"]["head"]
     module = create_model(model, weights.num_classes, **weights.settings)
     last = f"stage{len(module.blocks)}"
-    mapped = head["kernel"].shape[0] == module.widths[-1]  # The classifier reads the average: true of ResNets, not VGG.
+    mapped = has_map(model, weights)
 
     @jax.jit
     def run(images: jax.Array) -> dict[str, jax.Array]:
@@ -137,6 +154,11 @@ def predict(model: str, weights: Pretrained, paths: Sequence[str], batch: int = 
         for i, path in enumerate(chosen):
             heatmap = outputs["heatmap"][i] if mapped else None
             yield Prediction(path, pixels[i], outputs["probabilities"][i], outputs["features"][i], heatmap)
+
+
+def has_map(model: str, weights: Pretrained) -> bool:
+    """Whether the classifier reads an average over positions, as ResNets' do and VGG's doesn't."""
+    return weights.variables["params"]["head"]["kernel"].shape[0] == create_model(model, dtype="float32").widths[-1]
 
 
 def activation_map(features: jax.Array, kernel: jax.Array, label: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 import math
+import sys
 from typing import Any
 
 from flax import linen as nn, traverse_util
@@ -80,7 +81,12 @@ class Classification:
                 kept = {name: part for name, part in self._weights["params"].items() if name != "head"}
                 self._weights = {**self._weights, "params": kept}
                 names = f"{', '.join(self.classes[:5])}{', ...' if classes > 5 else ''}"
-                print(f"weights of {start.title}; a new head for {classes} classes ({names})", flush=True)
+                print(f"weights: {start.title}; a new head for {classes} classes ({names})", flush=True)
+            elif start.classes and start.classes != tuple(self.classes):
+                pairs = zip(start.classes, self.classes, strict=False)
+                was, now = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
+                print(f"warning: the weights' classes have other names than the data's ({was!r}, {now!r}, ...); their"
+                      " order must be the same", file=sys.stderr, flush=True)  # fmt: skip
             check_weights(self._weights, shapes, config)
         self._eval_step = jax.jit(steps.make_eval_step(self.model))
 
@@ -131,7 +137,7 @@ class Classification:
         mean, std = (np.asarray(self.resident[name]) for name in ("mean", "std"))
         size, cut = self.image_shape[0], self._config.data.crop != "whole"
         means = tuple(mean.reshape(-1, mean.shape[-1]).mean(0).tolist())
-        resize = self._config.eval.resize if cut else size
+        resize = self._config.eval.resize if cut else None
         return {
             "classes": list(self.classes),
             "examples": self.examples_per_epoch,

@@ -39,7 +39,7 @@ def decode(content: bytes, scale: int = 1) -> np.ndarray:
     """Decodes an image to RGB uint8 [H, W, 3], as Pillow's ``convert("RGB")`` does, but faster.
 
     Grey, palette and CMYK images are converted, 16-bit ones scaled, transparency is dropped, of an animation the first
-    picture is taken, EXIF rotation is ignored (as torchvision's ImageFolder does).
+    picture is taken, EXIF rotation is ignored (as torchvision's ImageFolder does; Pillow honours it in TIFFs).
 
     Args:
       content: the file's bytes.

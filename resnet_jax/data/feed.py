@@ -1,6 +1,6 @@
 """Where a task's batches come from: arrays that lie on the devices, or files that are read as training goes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import jax
@@ -133,7 +133,7 @@ def make_feeds(
     config: ml_collections.ConfigDict,
     mesh: jax.sharding.Mesh,
     dtype: np.dtype,
-    given: tuple[np.ndarray, np.ndarray] | None = None,
+    given: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
 ) -> tuple[dict[str, Feed], tuple[str, ...]]:
     """The feeds of ``train``, ``test`` and, where asked for, ``holdout``, and the names of the classes.
 
@@ -141,7 +141,7 @@ def make_feeds(
       config: the whole config.
       mesh: the devices.
       dtype: of the mean and deviation.
-      given: mean ([C] or [H, W, C]) and deviation [C] to use instead of what the config says.
+      given: mean ([C] or [H, W, C]) and deviation [C] to use instead of what the config says, where not None.
 
     Returns:
       ``({split: Feed}, classes)``.
@@ -161,8 +161,8 @@ def make_feeds(
         if train.shape[-1] != 3 and (data.color_noise or "imagenet" in (data.mean, data.std)):
             raise UsageError("data.color_noise and data.mean=imagenet are for RGB images; these have"
                              f" {train.shape[-1]} channel")  # fmt: skip
-        found = given or _statistics(data, pixel_statistics(train, data.mean, data.std), train.shape[1:])
-        statistics = _arrays(found, dtype)
+        own = lambda: _statistics(data, pixel_statistics(train, data.mean, data.std), train.shape[1:])
+        statistics = _arrays(_first_known(given, own), dtype)
         return {name: ResidentFeed(part, statistics, mesh) for name, part in splits.items()}, dataset.classes
     if not data.image_size:
         raise UsageError("data.image_size must be set where images are read as training goes")
@@ -172,11 +172,13 @@ def make_feeds(
                          " data.placement=device")  # fmt: skip
     train_crop, eval_crop = _crops(config)
     splits = _split(dataset, data.holdout)
-    if given is None:
+
+    def own_statistics() -> tuple[np.ndarray, np.ndarray]:
         known = None if data.holdout else dataset.statistics  # Held-out images are no part of what is learnt.
-        given = _stream_statistics(data, splits["train"], eval_crop, known)
-        given = _statistics(data, given, (data.image_size, data.image_size, 3))
-    resident = distributed.replicate(mesh, _arrays(given, dtype))
+        found = _stream_statistics(data, splits["train"], eval_crop, known)
+        return _statistics(data, found, (data.image_size, data.image_size, 3))
+
+    resident = distributed.replicate(mesh, _arrays(_first_known(given, own_statistics), dtype))
     crops = {name: train_crop if name == "train" else eval_crop for name in splits}
     views = _views(data, splits, crops)
     return {name: StreamFeed(views[name], eval_crop, resident, data) for name in splits}, dataset.classes
@@ -246,6 +248,15 @@ def _stream_statistics(
         means = {"pixel": found.image, "channel": found.mean}
         return means.get(data.mean, np.zeros(3)), found.std if data.std == "channel" else np.ones(3)
     return np.zeros(3), np.ones(3)
+
+
+def _first_known(
+    given: tuple[np.ndarray | None, np.ndarray | None], own: Callable[[], tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is given, and for the rest what ``own`` computes."""
+    if all(value is not None for value in given):
+        return given
+    return tuple(mine if value is None else value for value, mine in zip(given, own(), strict=True))
 
 
 def _arrays(statistics: tuple[np.ndarray, np.ndarray], dtype: np.dtype) -> dict[str, np.ndarray]:

@@ -206,8 +206,35 @@ def _read_unpacked_kit(path: pathlib.Path) -> dict[int, str]:
     return _join_kit(path.read_bytes(), path.with_name(_META).read_bytes())
 
 
+def class_numbers(kit: pathlib.Path) -> dict[str, int]:
+    """The challenge's number (1 to 1000) of each class, by WordNet id, which its test server wants.
+
+    Args:
+      kit: the development kit, packed or a folder with it or its data.
+
+    Raises:
+      UsageError: it is not there, or damaged.
+    """
+    try:
+        if kit.is_file():
+            with tarfile.open(kit) as tar:
+                members = [member for member in tar if os.path.basename(member.name) == _META]
+                meta = tar.extractfile(members[0]).read()
+        else:
+            meta = next(kit.rglob(_META)).read_bytes()
+        return {wnid: number for number, wnid in _wordnet_ids(meta).items() if number <= 1000}
+    except (tarfile.TarError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, StopIteration) as error:
+        raise UsageError(f"{kit}: no development kit of ILSVRC 2012 ({KIT}), or damaged") from error
+
+
 def _join_kit(truth: bytes, meta: bytes) -> dict[int, str]:
     """The classes of the images, from their numbers in the kit and its table of those numbers."""
+    wnids = _wordnet_ids(meta)
+    return {number: wnids[int(line)] for number, line in enumerate(truth.decode().split(), start=1)}
+
+
+def _wordnet_ids(meta: bytes) -> dict[int, str]:
+    """The kit's table: its number of a class -> WordNet id."""
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
@@ -215,5 +242,4 @@ def _join_kit(truth: bytes, meta: bytes) -> dict[int, str]:
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
     except (MatReadError, NotImplementedError, zlib.error) as error:
         raise ValueError(f"{_META}: {error}") from error
-    wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-    return {number: wnids[int(line)] for number, line in enumerate(truth.decode().split(), start=1)}
+    return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}

@@ -55,11 +55,6 @@ class Run:
         """That of the single view."""
         return self.summaries.get("center", {})
 
-    @property
-    def total_steps(self) -> int:
-        """How long the training was meant to be, iterations, as far as its config says; 0 where it counts epochs."""
-        return self.config["steps"]
-
 
 def find_runs(folders: Sequence[str]) -> list[pathlib.Path]:
     """The work directories that are meant; of a folder of several seeds, each seed's.

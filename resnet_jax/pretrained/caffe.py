@@ -87,6 +87,8 @@ def read_caffemodel(path: pathlib.Path) -> dict[str, np.ndarray]:
             # Zero is what Caffe writes before it has learnt anything.
             factor = 1 / float(divisor[0]) if divisor[0] else 0.0
             found = {name: (array * factor).astype(np.float32) for name, array in found.items()}
+        if any(f"{layer.name}.{name}" in arrays for name in found):
+            raise UsageError(f"{where} is there twice, so that nobody can say which is meant")
         arrays |= {f"{layer.name}.{name}": array for name, array in found.items()}
     if not arrays:
         raise UsageError(

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from resnet_jax import __version__
-from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import default_input
+from resnet_jax.output import write_whole
 from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.preprocessing import Preprocessing
 
@@ -61,6 +61,7 @@ def write_card(file: pathlib.Path, model: str, weights: Pretrained, content: str
     parameters = sum(leaf.size for leaf in jax.tree.leaves(weights.variables["params"]))
     origin = {
         "source": history.get("source", "not known"),
+        "trained from": (config or {}).get("init.weights", ""),
         "content": content,
         "settings": json.dumps(weights.settings) if weights.settings else "",
         "resnet_jax": __version__,
@@ -70,30 +71,42 @@ def write_card(file: pathlib.Path, model: str, weights: Pretrained, content: str
     use = _USE[file.suffix]
     if not preprocessing:  # Then nobody can say what to do.
         use = use.replace("preprocessing.normalise(pixels)", "...")
-    measured = {title: _figure(metrics[name]) for name, title in _METRICS.items() if name in metrics}
+    few = {"top5_error"} if weights.num_classes <= 5 else set()  # Of which five can't all be wrong.
+    measured = {
+        title: _figure(metrics[name]) for name, title in _METRICS.items() if name in metrics and name not in few
+    }
     sections = {
         "": f"{model} with {parameters:,} parameters, {weights.num_classes} classes.\n\n{_table(origin)}",
         "Use": f"```python\n{use.format(file=file.name, size=size, channels=channels)}\n```",
         "Preprocessing": _table(_preprocessing(preprocessing)) if preprocessing else "Not known.",
         "Metrics": _table(measured) if measured else "None were measured with these weights here.",
-        "Classes": ", ".join(weights.classes) if weights.classes else "Their names are not known.",
+        "Classes": _classes(weights),
         "Config": f"```json\n{json.dumps(config, indent=1)}\n```" if config else "",
     }
     body = (f"## {title}\n\n{text}" if title else text for title, text in sections.items() if text)
     path = file.with_name(file.name + ".md")
-    try:
-        path.write_text("\n\n".join([_FRONT, f"# {file.name}", *body]) + "\n")
-    except OSError as error:
-        raise UsageError(f"{path}: can't be written ({error.strerror})") from error
+    text = "\n\n".join([_FRONT, f"# {file.name}", *body]) + "\n"
+    write_whole(path, lambda page: page.write(text.encode()))
     return path
+
+
+def _classes(weights: Pretrained) -> str:
+    if weights.classes:
+        return ", ".join(weights.classes)
+    if weights.num_classes == 1000:
+        return "Not named in the file; a thousand are taken for ImageNet's, in the order of their WordNet ids."
+    return "Their names are not known."
 
 
 def _preprocessing(values: Preprocessing) -> dict[str, Any]:
     size = values.image_size
-    middle = "" if values.resize == size else f", then the middle {size} x {size}"
+    if values.resize is None:
+        resize = f"the whole image to {size} x {size}, {values.interpolation}"
+    else:
+        resize = f"shorter side to {values.resize}, {values.interpolation}, then the middle {size} x {size}"
     mean = _figures(values.mean) if values.mean_image is None else "the per-pixel mean image in the file"
     return {
-        "resize": f"shorter side to {values.resize}, {values.interpolation}{middle}",
+        "resize": resize,
         "mean, of values from 0 to 1": mean,
         "deviation": _figures(values.std),
     }

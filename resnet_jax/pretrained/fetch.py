@@ -51,6 +51,8 @@ def _from_hub(source: str) -> pathlib.Path:
         raise UsageError(f"{source}: names of the hub need huggingface_hub: pip install 'resnet_jax[hub]'") from error
     huggingface_hub.logging.set_verbosity_error()  # Its retries are not a user's business; what comes of them is.
     name, _, revision = source.removeprefix(_HUB).partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UsageError(f"{source}: expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
     weights = _hub_file(source, name, "model.safetensors", revision or None)
     if weights is None:
         raise UsageError(f"{source}: has no model.safetensors")
@@ -67,7 +69,7 @@ def _hub_file(source: str, name: str, file: str, revision: str | None) -> pathli
     where = {"repo_id": name, "filename": file, "revision": revision}
     try:
         # What is known to be missing would be asked for again and again without a network.
-        if huggingface_hub.try_to_load_from_cache(**where) is huggingface_hub.file_download._CACHED_NO_EXIST:
+        if huggingface_hub.try_to_load_from_cache(**where) is huggingface_hub._CACHED_NO_EXIST:
             return None
         return pathlib.Path(huggingface_hub.hf_hub_download(**where))
     except errors.LocalEntryNotFoundError as error:  # Not fetched before.

@@ -25,27 +25,17 @@ def read_arrays(path: pathlib.Path) -> tuple[Arrays, dict[str, str]]:
         return _read_safetensors(path)
     if path.suffix in _READERS:
         return _READERS[path.suffix](path), {}
+    if path.suffix == ".stablehlo":
+        raise UsageError(f"{path}: is a program with weights inside; jax.export.deserialize reads it")
     raise UsageError(
         f"{path}: weights are files (.safetensors, .pth, .th, .caffemodel, .h5) or work directories of runs"
     )
 
 
-def read_metadata(path: pathlib.Path) -> dict[str, str]:
-    """The metadata of a safetensors file, without its arrays; empty for other files.
-
-    Raises:
-      UsageError: not there, or damaged.
-    """
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
-    return _read_safetensors(path, arrays=False)[1] if path.suffix == ".safetensors" else {}
-
-
-def _read_safetensors(path: pathlib.Path, arrays: bool = True) -> tuple[Arrays, dict[str, str]]:
+def _read_safetensors(path: pathlib.Path) -> tuple[Arrays, dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as file:
-            names = file.keys() if arrays else ()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path}: not a whole .safetensors file ({' '.join(str(error).split())})") from error
 
@@ -61,15 +51,19 @@ def _read_torch(path: pathlib.Path) -> Arrays:
         # Never more than arrays and plain containers: a pickle may hold any program.
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # It raises whatever its parts raise.
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"{path}: not a whole torch file of weights alone ({first[:160]})") from error
+        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__  # Its advice is not ours.
+        raise UsageError(f"{path}: not a whole torch file of weights alone ({reason[:160]})") from error
     for wrapping in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapping), dict):
             content = content[wrapping]
-    if not isinstance(content, dict) or not all(torch.is_tensor(value) for value in content.values()):
-        raise UsageError(f"{path}: holds no state dict (names with arrays)")
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(value) and value.layout == torch.strided and not value.is_quantized
+        for name, value in content.items()
+    ):
+        raise UsageError(f"{path}: holds no state dict (names with plain arrays)")
+    arrays = {name: value.detach() for name, value in content.items()}
     return {
-        name: value.float().numpy() if value.is_floating_point() else value.numpy() for name, value in content.items()
+        name: value.float().numpy() if value.is_floating_point() else value.numpy() for name, value in arrays.items()
     }
 
 

@@ -15,7 +15,7 @@ from resnet_jax.pretrained.formats import EPSILON, Format
 
 
 def fit(
-    path: pathlib.Path, arrays: Arrays, known: Format | None, model: str, settings: dict[str, Any]
+    path: pathlib.Path, arrays: Arrays, known: Format | None, model: str, settings: dict[str, Any], channels: int = 3
 ) -> dict[str, Any]:
     """The arrays as variables of the network.
 
@@ -25,6 +25,7 @@ def fit(
       known: their format; None for our own names.
       model: our name of the network.
       settings: its attributes.
+      channels: of the images it takes.
 
     Returns:
       ``params`` and ``batch_stats``, nested, float32.
@@ -35,7 +36,7 @@ def fit(
     head = known.theirs("params/head/bias") if known else "params/head/bias"
     classes = arrays[head].shape[0] if head in arrays and arrays[head].ndim else default_input(model)[1]
     module, size = create_model(model, classes, "float32", **settings), default_input(model)[0]
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, channels)))
     shapes = {ours: leaf.shape for ours, leaf in traverse_util.flatten_dict(shapes, sep="/").items()}
     variables, used = {}, set()
 
@@ -43,7 +44,9 @@ def fit(
         used.add(theirs)
         if arrays[theirs].shape != shape:
             raise UsageError(f"{path}: {theirs} has shape {arrays[theirs].shape}, and {model} needs {shape}")
-        if not np.isfinite(arrays[theirs]).all():
+        with np.errstate(over="ignore"):  # What float32 can't hold is no weight either.
+            finite = np.isfinite(arrays[theirs].astype(np.float32)).all()
+        if not finite:
             raise UsageError(f"{path}: {theirs} has values that are not finite")
         return arrays[theirs]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from resnet_jax.data.statistics import IMAGENET_STD
 from resnet_jax.models.registry import VGG_BLOCKS
-from resnet_jax.pretrained.preprocessing import Preprocessing
+from resnet_jax.pretrained.preprocessing import CIFAR, Preprocessing
 
 Rows = dict[str, Callable[..., str]]
 EPSILON = 1e-5  # What our BN adds to the variance; torch's and Caffe's too.
@@ -36,7 +36,7 @@ class Format:
       transposed: convolutions are [O, I, H, W] and matrices [O, I], not [H, W, I, O] and [I, O].
       model: the network, where a format has only one.
       stride_in: which convolution of its bottlenecks has the stride, as of ``ResNet``.
-      settings: attributes that its networks have, as of ``ResNet``.
+      settings: attributes that its networks have, as of ``ResNet``; ``shortcut_zeros`` where option A is used.
       epsilon: what its BN adds to the variance.
       bgr: its networks take 0 to 255 in the order blue, green, red, without a division by a deviation.
       preprocessing: what its weights were trained with; None where that depends on the network.
@@ -177,7 +177,8 @@ _MSRA = {
 _TORCH_BLOCK = r"layer1\.\d+\.(conv|bn)\d\."
 
 AKAMASTER = Format("akamaster's CIFAR ResNets", (_TORCH_BLOCK, r"linear\."),
-                   _RESNET | {"head": lambda: "linear"}, classes=_CIFAR10)  # fmt: skip
+                   _RESNET | {"head": lambda: "linear"}, settings={"shortcut_zeros": "both"}, preprocessing=CIFAR,
+                   classes=_CIFAR10)  # fmt: skip
 TORCHVISION = Format("torchvision's and timm's ResNets", (_TORCH_BLOCK,), _RESNET)
 VGG_BN = Format("torchvision's VGG-16 with BN", (r"features\.1\.running_mean", r"classifier\."),
                 _vgg(True, lambda n: f"classifier.{(n - 6) * 3}", "classifier.6"), model="vgg16_bn")  # fmt: skip
@@ -187,8 +188,8 @@ TIMM_VGG_BN = Format("timm's VGG-16 with BN", (r"features\.1\.running_mean", r"p
                      _vgg(True, lambda n: f"pre_logits.fc{n - 5}", "head.fc"), model="vgg16_bn")  # fmt: skip
 TIMM_VGG = Format("timm's VGG-16", (r"features\.\d+\.", r"pre_logits\."),
                   _vgg(False, lambda n: f"pre_logits.fc{n - 5}", "head.fc"), model="vgg16")  # fmt: skip
-MSRA_DEEP = Format("the authors' ResNets (Caffe)", (r"res[34]b\d+_branch2",), _msra(_numbers), **_MSRA)
-MSRA = Format("the authors' ResNets (Caffe)", (r"res2[abc]_branch2",), _msra(_letters), **_MSRA)
+MSRA_DEEP = Format("the authors' ResNets (Caffe)", (r"res[34]b\d+_branch2[abc]\.",), _msra(_numbers), **_MSRA)
+MSRA = Format("the authors' ResNets (Caffe)", (r"res2[abc]_branch2[abc]\.",), _msra(_letters), **_MSRA)
 KERAS = Format("Keras applications' ResNets", (r"conv\d_block\d+_\d_(conv|bn)/",), _KERAS, _KERAS_LEAVES,
                transposed=False, stride_in="first", epsilon=1.001e-5, bgr=True, preprocessing=_MSRA_INPUT)  # fmt: skip
 

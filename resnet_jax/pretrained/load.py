@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from resnet_jax.models.registry import MODELS, create_model, default_input
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.pretrained import preprocessing as preprocessing_lib
 from resnet_jax.pretrained.caffe import read_mean
-from resnet_jax.pretrained.files import Arrays, read_arrays, read_metadata
+from resnet_jax.pretrained.files import Arrays, read_arrays
 from resnet_jax.pretrained.fit import fit
 from resnet_jax.pretrained.formats import FORMATS, Format, recognise
 from resnet_jax.pretrained.preprocessing import Preprocessing
@@ -57,25 +58,26 @@ class Pretrained:
         return self.variables["params"]["head"]["bias"].shape[0]
 
 
-def known_model(path: pathlib.Path) -> str | None:
-    """The network that a file is of, where its metadata or a config beside it says so."""
-    metadata = read_metadata(path)
-    if metadata.get("format") == FORMAT:
-        return metadata["model"]
-    timm = preprocessing_lib.beside(path)
-    return timm[0] if timm else None
+def read_pretrained(path: pathlib.Path, model: str | None) -> tuple[str, Pretrained]:
+    """Reads a file of weights.
 
+    Args:
+      path: the file.
+      model: our name of the network; None takes the one that the file says it is of, or that alone has its arrays.
 
-def read_pretrained(path: pathlib.Path, model: str) -> Pretrained:
-    """Reads a file of weights for the network ``model``.
+    Returns:
+      The network's name and its weights.
 
     Raises:
-      UsageError: no such file, or its arrays are not exactly those of the network.
+      UsageError: no such file, it does not say which network it is of, or its arrays are not exactly those of the
+        network.
     """
     arrays, metadata = read_arrays(path)
     if metadata.get("format") == FORMAT:
-        return _read_ours(path, arrays, metadata, model)
-    arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
+        model = model or metadata.get("model")
+        return model, _read_ours(path, arrays, metadata, model)
+    if all(name.startswith("module.") for name in arrays):  # Of torch's DataParallel.
+        arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
     arrays = {name: array for name, array in arrays.items() if not name.endswith(".num_batches_tracked")}
     known = recognise(arrays)
     if known is None:
@@ -83,42 +85,64 @@ def read_pretrained(path: pathlib.Path, model: str) -> Pretrained:
         titles = ", ".join(dict.fromkeys(row.title for row in FORMATS))
         raise UsageError(f"{path}: names of no known format ({some}, ...); known are {titles}")
     timm = preprocessing_lib.beside(path) if known.preprocessing is None else None
-    if timm and timm[0] != model:
-        raise UsageError(f"{path}: holds {timm[0]} (says config.json beside it), not {model}")
+    model = model or (timm.model if timm else _only_model(arrays, known))
+    if not model:
+        raise UsageError(f"{path}: does not say which network it is of: --model=NAME is needed")
+    if timm and timm.model != model:
+        raise UsageError(f"{path}: holds {timm.model} (says config.json beside it), not {model}")
     settings = _settings(path, arrays, known, model)
     variables = fit(path, arrays, known, model, settings)
-    preprocessing = known.preprocessing or (timm[1] if timm else preprocessing_lib.usual(default_input(model)[0]))
+    preprocessing = known.preprocessing or (timm.preprocessing if timm else None)
+    if preprocessing is None:
+        preprocessing = preprocessing_lib.usual(default_input(model)[0])
+        if preprocessing == preprocessing_lib.CIFAR:  # Of ImageNet's networks nearly all agree.
+            print(f"{path}: says nothing of its preprocessing; taken is that of akamaster's networks (mean"
+                  f" {preprocessing.mean}, deviation {preprocessing.std})", file=sys.stderr, flush=True)  # fmt: skip
     if known.mean_file and path.with_name(known.mean_file).is_file():
-        preprocessing = dataclasses.replace(
-            preprocessing, mean_image=read_mean(path.with_name(known.mean_file), preprocessing.image_size)
-        )
+        image = read_mean(path.with_name(known.mean_file), preprocessing.image_size)
+        preprocessing = dataclasses.replace(preprocessing, mean_image=image)
+    classes = (timm.classes if timm else None) or known.classes
     found = Pretrained(
-        settings, variables, preprocessing, known.classes, known.title, {"source": f"{path.name} ({known.title})"}
+        settings, variables, preprocessing, classes, known.title, {"source": f"{path.name} ({known.title})"}
     )
     fits = found.classes is None or len(found.classes) == found.num_classes
-    return found if fits else dataclasses.replace(found, classes=None)
+    return model, (found if fits else dataclasses.replace(found, classes=None))
 
 
 def _read_ours(path: pathlib.Path, arrays: Arrays, metadata: dict[str, str], model: str) -> Pretrained:
-    if metadata["model"] != model:
-        raise UsageError(f"{path}: holds {metadata['model']}, not {model}")
-    settings, preprocessing, classes, history = (
-        json.loads(metadata.get(name, "null")) for name in ("settings", "preprocessing", "classes", "history")
-    )
+    if metadata.get("model") != model:
+        raise UsageError(f"{path}: holds {metadata.get('model', 'an unnamed network')}, not {model}")
+    try:
+        settings, preprocessing, classes, history = (
+            json.loads(metadata.get(name, "null")) for name in ("settings", "preprocessing", "classes", "history")
+        )
+        preprocessing = Preprocessing.from_json(preprocessing) if preprocessing else None
+        if "mean_image" in metadata:
+            image = np.load(io.BytesIO(base64.b64decode(metadata["mean_image"])), allow_pickle=False)
+            preprocessing = dataclasses.replace(preprocessing, mean_image=image)
+        settings = dict(settings or {})
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path}: its metadata is damaged or another version's ({error})") from error
     arrays = {name: array for name, array in arrays.items() if not name.endswith(".num_batches_tracked")}
     names = None if any(name.startswith("params/") for name in arrays) else recognise(arrays)
-    preprocessing = Preprocessing.from_json(preprocessing) if preprocessing else None
-    if "mean_image" in metadata:
-        image = np.load(io.BytesIO(base64.b64decode(metadata["mean_image"])), allow_pickle=False)
-        preprocessing = dataclasses.replace(preprocessing, mean_image=image)
+    channels = len(preprocessing.mean) if preprocessing else 3
     return Pretrained(
         settings,
-        fit(path, arrays, names, model, settings),
+        fit(path, arrays, names, model, settings, channels),
         preprocessing,
         tuple(classes) if classes else None,
         "a file of ours",
         history or {"source": path.name},
     )
+
+
+def _only_model(arrays: Arrays, known: Format) -> str | None:
+    """The one network that such arrays can be of; None where several have the same (plain nets, and option A)."""
+    if known.model:
+        return known.model
+    blocks, bottleneck, shortcuts = _blocks(arrays, known)
+    name = _name_of(blocks, bottleneck, known.stride_in, plain=False)
+    return name if name in MODELS and len(blocks) == 4 and 0 < shortcuts <= len(blocks) else None
 
 
 def _settings(path: pathlib.Path, arrays: Arrays, known: Format, model: str) -> dict[str, Any]:
@@ -129,17 +153,21 @@ def _settings(path: pathlib.Path, arrays: Arrays, known: Format, model: str) -> 
             raise UsageError(f"{path}: holds {known.model}, not {model}")
         return {}
     blocks, bottleneck, shortcuts = _blocks(arrays, known)
-    name = _name_of(blocks, bottleneck, known.stride_in)
-    if not isinstance(module, ResNet) or (module.blocks, module.bottleneck) != (blocks, bottleneck):
+    shortcut = getattr(module, "shortcut", None)
+    name = _name_of(blocks, bottleneck, known.stride_in, plain=shortcut == "none")
+    fits = isinstance(module, ResNet) and (module.blocks, module.bottleneck) == (blocks, bottleneck)
+    if not fits or shortcut == "gated":  # Of gates there are arrays, which none of these formats has.
         raise UsageError(f"{path}: holds {name}, not {model}")
     if bottleneck and module.stride_in != known.stride_in:
         version = {"first": "v1", "middle": "v1.5"}[known.stride_in]
         raise UsageError(f"{path}: {known.title} are {version}: ask for {name}, not {model}")
-    if len(blocks) == 4 or module.shortcut == "none":
-        return dict(known.settings)
+    zeros = known.settings.get("shortcut_zeros", "end")
+    settings = {name: value for name, value in known.settings.items() if name != "shortcut_zeros"}
+    if len(blocks) == 4 or shortcut == "none":
+        return settings
     if shortcuts:
-        return {"shortcut": "C" if shortcuts == sum(blocks) else "B"}
-    return {"shortcut": "A", "shortcut_zeros": "both" if "linear.weight" in arrays else "end"}
+        return settings | {"shortcut": "C" if shortcuts == sum(blocks) else "B"}
+    return settings | {"shortcut": "A", "shortcut_zeros": zeros}
 
 
 def _blocks(arrays: Arrays, known: Format) -> tuple[tuple[int, ...], bool, int]:
@@ -162,13 +190,13 @@ def _blocks(arrays: Arrays, known: Format) -> tuple[tuple[int, ...], bool, int]:
         stages.append(count)
 
 
-def _name_of(blocks: tuple[int, ...], bottleneck: bool, stride_in: str) -> str:
-    """The name of the network that has these blocks, or their description."""
+def _name_of(blocks: tuple[int, ...], bottleneck: bool, stride_in: str, plain: bool) -> str:
+    """The name of the network that has these blocks, or their description; ``plain`` nets have the same arrays."""
     if len(blocks) == 3 and len(set(blocks)) == 1:
-        return f"cifar_resnet{6 * blocks[0] + 2}"
+        return f"cifar_{'plain' if plain else 'resnet'}{6 * blocks[0] + 2}"
     for name, row in MODELS.items():
         settings = row.keywords
         if settings.get("blocks") == blocks and settings.get("bottleneck", False) == bottleneck:
             return f"{name}_v1_5" if bottleneck and stride_in == "middle" else name
     kind = "bottleneck" if bottleneck else "basic"
-    return f"a network of {', '.join(map(str, blocks))} {kind} blocks"
+    return f"a network of {', '.join(map(str, blocks))} {kind} blocks" if blocks else "no blocks of a network"

@@ -11,6 +11,8 @@ from jax import numpy as jnp
 import numpy as np
 
 from resnet_jax.data.augment import normalise
+from resnet_jax.data.crops import CenterCrop, Whole
+from resnet_jax.data.decode import INTERPOLATIONS
 from resnet_jax.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import IMAGENET
@@ -23,7 +25,7 @@ class Preprocessing:
     Attributes:
       mean, std: of each channel.
       image_size: side of the square that the network sees, pixels.
-      resize: shorter side before its centre is cut out, pixels; equal to ``image_size`` where nothing is cut off.
+      resize: shorter side before its centre is cut out, pixels; None where the whole image is made into the square.
       interpolation: ``bilinear`` or ``bicubic``, antialiased.
       mean_image: what is subtracted in place of ``mean``, float32 [image_size, image_size, C], or None.
     """
@@ -31,9 +33,16 @@ class Preprocessing:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     image_size: int = 224
-    resize: int = 256
+    resize: int | None = 256
     interpolation: str = "bilinear"
     mean_image: np.ndarray | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def view(self) -> CenterCrop | Whole:
+        """What the network sees of an image: a function from it to uint8 [image_size, image_size, 3]."""
+        if self.resize is None:
+            return Whole(self.image_size, self.interpolation)
+        return CenterCrop(self.image_size, self.resize, self.interpolation)
 
     def normalise(self, images: Any) -> jax.Array:
         """The network's input, float32, of resized and cropped uint8 images [N, image_size, image_size, C]."""
@@ -51,7 +60,7 @@ class Preprocessing:
 
 
 TORCHVISION = Preprocessing()
-CIFAR = Preprocessing(image_size=32, resize=32)  # akamaster's: ImageNet's constants on CIFAR.
+CIFAR = Preprocessing(image_size=32, resize=None)  # akamaster's: ImageNet's constants on CIFAR.
 
 
 def usual(image_size: int) -> Preprocessing:
@@ -66,8 +75,17 @@ TIMM = {
 TIMM |= {"vgg16": "vgg16", "vgg16_bn": "vgg16_bn"}
 
 
-def beside(file: pathlib.Path) -> tuple[str, Preprocessing] | None:
-    """Our name of the network and the preprocessing in timm's ``config.json`` beside a file; None where there is none.
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """What timm's ``config.json`` beside weights says: our name of the network, and what else belongs to it."""
+
+    model: str
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None
+
+
+def beside(file: pathlib.Path) -> Beside | None:
+    """What timm's ``config.json`` beside a file says; None where there is none.
 
     Raises:
       UsageError: it can't be understood, or is of a network that is none of ours.
@@ -84,8 +102,13 @@ def beside(file: pathlib.Path) -> tuple[str, Preprocessing] | None:
         # timm cuts the share crop_pct out of the shorter side.
         resize = math.floor(size / timm.get("crop_pct", 0.875))
         found = Preprocessing(tuple(timm["mean"]), tuple(timm["std"]), size, resize, timm["interpolation"])
+        names = values.get("label_names") or timm.get("label_names")
+        classes = tuple(map(str, names)) if isinstance(names, list) else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: no config of timm's ({error})") from error
     if architecture not in TIMM:  # Some have the same arrays and another computation.
         raise UsageError(f"{path}: is of timm's {architecture}, which is no network here")
-    return TIMM[architecture], found
+    if found.interpolation not in INTERPOLATIONS or timm.get("crop_mode", "center") != "center":
+        asked = f"interpolation {found.interpolation}, crop_mode {timm.get('crop_mode', 'center')}"
+        raise UsageError(f"{path}: asks for {asked}; known are {', '.join(INTERPOLATIONS)}, and center")
+    return Beside(TIMM[architecture], found, classes)

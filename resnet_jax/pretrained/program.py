@@ -1,6 +1,5 @@
 """A network with its weights and preprocessing as one StableHLO program, for whoever has JAX and not this package."""
 
-import os
 import pathlib
 
 import jax
@@ -8,6 +7,7 @@ from jax import export, numpy as jnp
 
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import create_model, default_input
+from resnet_jax.output import write_whole
 from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.preprocessing import Preprocessing
 
@@ -41,10 +41,4 @@ def save_program(path: pathlib.Path, model: str, weights: Pretrained) -> None:
     size, channels = input_size(model, weights), len(preprocessing.mean)
     shape = export.symbolic_shape(f"n, {size}, {size}, {channels}")
     exported = export.export(jax.jit(logits), platforms=_PLATFORMS)(jax.ShapeDtypeStruct(shape, jnp.uint8))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(exported.serialize())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"{path}: can't be written ({error.strerror})") from error
+    write_whole(path, lambda file: file.write(exported.serialize()))

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from resnet_jax import __version__
-from resnet_jax.errors import UsageError
+from resnet_jax.output import write_whole
 from resnet_jax.pretrained import formats
 from resnet_jax.pretrained.load import FORMAT, Pretrained
 from resnet_jax.pretrained.preprocessing import TIMM
@@ -39,6 +38,7 @@ def save_safetensors(path: pathlib.Path, model: str, weights: Pretrained) -> Non
     names = torchvision_names(model, weights)
     arrays: dict[str, np.ndarray] = {}
     for ours, array in traverse_util.flatten_dict(weights.variables, sep="/").items():
+        array = np.asarray(array, np.float32)
         if names is None:
             arrays[ours] = np.ascontiguousarray(array)
             continue
@@ -60,10 +60,5 @@ def save_safetensors(path: pathlib.Path, model: str, weights: Pretrained) -> Non
         np.save(content, weights.preprocessing.mean_image)
         metadata["mean_image"] = base64.b64encode(content.getvalue()).decode()
     text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(save(arrays, {"format": FORMAT, **text}))
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"{path}: can't be written ({error.strerror})") from error
+    content = save(arrays, {"format": FORMAT, **text})
+    write_whole(path, lambda file: file.write(content))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
 from flax import linen as nn
@@ -12,9 +13,9 @@ import numpy as np
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import create_model
 from resnet_jax.pretrained.fetch import fetch, is_remote
-from resnet_jax.pretrained.load import Pretrained, known_model, read_pretrained
+from resnet_jax.pretrained.load import Pretrained, read_pretrained
 from resnet_jax.pretrained.preprocessing import Preprocessing
-from resnet_jax.training.checkpoints import load_run_weights
+from resnet_jax.training.checkpoints import latest_step, load_run_weights
 from resnet_jax.training.workdir import DATA, MEAN, read_json
 
 
@@ -26,7 +27,7 @@ def load_pretrained(
     Args:
       source: a file (``.safetensors``; torch's, Caffe's or Keras's), the work directory of a run of ours,
         ``hf:OWNER/NAME``, or an address with its checksum, ``https://...#sha256=DIGITS``.
-      model: our name of the network, as ``resnet50_v1_5``; runs, files of ours and timm's know their own.
+      model: our name of the network, as ``resnet50_v1_5``; needed where several networks have the same arrays.
       dtype: compute dtype, as of ``create_model``.
       **overrides: attributes of the network, as of ``create_model``.
 
@@ -47,7 +48,7 @@ def read_weights(source: str, model: str | None) -> tuple[str, Pretrained]:
 
     Args:
       source: see ``load_pretrained``.
-      model: our name of the network, or None where the source says it.
+      model: our name of the network, or None where the source says it or only one has its arrays.
 
     Raises:
       UsageError: nothing there, no name, or weights of another network.
@@ -55,18 +56,18 @@ def read_weights(source: str, model: str | None) -> tuple[str, Pretrained]:
     source = str(source)
     path = fetch(source)
     if not path.exists():
-        raise UsageError(f"{source}: no such file or folder")
+        hint = f"; of the hub it is hf:{source}" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
+        raise UsageError(f"{source}: no such file or folder{hint}")
     if path.is_dir():
         config = read_json(path / "config.json")
         if config is None or "model.name" not in config:
             raise UsageError(f"{source}: no work directory of a run (no config.json of one in it)")
         if model not in (None, config["model.name"]):
             raise UsageError(f"{source}: holds {config['model.name']}, not {model}")
+        if latest_step(path) is None and config.get("init.weights"):  # Others' weights were evaluated there.
+            return read_weights(config["init.weights"], config["model.name"])
         return config["model.name"], _read_run(path, config)
-    model = model or known_model(path)
-    if not model:
-        raise UsageError(f"{source}: does not say which network it is of: --model=NAME is needed")
-    found = read_pretrained(path, model)
+    model, found = read_pretrained(path, model)
     if is_remote(source):
         found = dataclasses.replace(found, history=found.history | {"source": f"{source} ({found.title})"})
     return model, found

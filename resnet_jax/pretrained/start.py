@@ -28,9 +28,12 @@ def starting_weights(config: ml_collections.ConfigDict) -> Pretrained | None:
     return None
 
 
+Given = tuple[np.ndarray | None, np.ndarray | None]  # Mean and deviation; None is left to the config.
+
+
 def with_preprocessing(
     config: ml_collections.ConfigDict, start: Pretrained | None, explicit: Collection[str]
-) -> tuple[ml_collections.ConfigDict, tuple[np.ndarray, np.ndarray] | None]:
+) -> tuple[ml_collections.ConfigDict, Given]:
     """The config as the weights want it, and their mean and deviation, but for what the command line has set.
 
     Args:
@@ -39,23 +42,23 @@ def with_preprocessing(
       explicit: names of the fields that the command line has set.
     """
     if start is None or start.preprocessing is None:
-        return config, None
+        return config, (None, None)
     config = config.copy_and_resolve_references()
     wanted = start.preprocessing
-    if config.init.weights and config.data.crop != "whole":
-        fields = {
-            "data.image_size": wanted.image_size,
-            "eval.resize": wanted.resize,
-            "eval.interpolation": wanted.interpolation,
-        }
+    if config.init.weights:
+        fields = {"eval.interpolation": wanted.interpolation}
+        if config.data.crop != "whole":
+            resize = wanted.image_size if wanted.resize is None else wanted.resize
+            fields |= {"data.image_size": wanted.image_size, "eval.resize": resize}
         for name, value in fields.items():
             if name not in explicit:
                 section, field = name.split(".")
                 config[section][field] = value
-    resumes = start.variables is None  # With the same recipe, so with the mean that it was trained with.
-    if not resumes and {"data.mean", "data.std", "data.mean_image"} & set(explicit):
-        return config, None
     image, size = wanted.mean_image, config.data.image_size
     # Where images have another size the mean image's own mean takes its place.
     fits = image is not None and size in (0, image.shape[0])
-    return config, (image if fits else np.array(wanted.mean), np.array(wanted.std))
+    mean, std = (image if fits else np.array(wanted.mean)), np.array(wanted.std)
+    if start.variables is None:  # The run goes on with what it was trained with.
+        return config, (mean, std)
+    own_mean = {"data.mean", "data.mean_image"} & set(explicit)
+    return config, (None if own_mean else mean, None if "data.std" in explicit else std)

@@ -109,7 +109,9 @@ def open_workdir(workdir: pathlib.Path, values: dict[str, Any], data: dict[str, 
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", values)
         write_json(workdir / DATA, {name: value for name, value in data.items() if name != "mean_image"})
-        if data["mean_image"] is not None:
+        if data["mean_image"] is None:
+            (workdir / MEAN).unlink(missing_ok=True)  # Of an earlier start that was another's.
+        else:
             np.save(workdir / MEAN, data["mean_image"])
     except OSError as error:
         raise UsageError(f"--workdir={workdir}: can't be written ({error.strerror or error})") from error

@@ -129,7 +129,7 @@ def test_the_page_of_a_strangers_weights_says_what_is_known_and_no_more(file, co
     assert origin["jax, flax, numpy"].startswith(f"{jax.__version__}, ")
     assert origin["Python"] == ".".join(map(str, sys.version_info[:3]))
     assert table(found["Preprocessing"]) == {
-        "resize": "shorter side to 32, bilinear",
+        "resize": "the whole image to 32 x 32, bilinear",
         "mean, of values from 0 to 1": "0.485, 0.456, 0.406",
         "deviation": "0.229, 0.224, 0.225",
     }

@@ -341,7 +341,7 @@ def test_timms_vgg_is_torchvisions_under_other_names(model, normalised, tmp_path
         state = vgg_state(normalised, names)
         save_arrays(state, tmp_path / f"{names}.safetensors")
         del state
-        found[names] = read_pretrained(tmp_path / f"{names}.safetensors", model)
+        found[names] = read_pretrained(tmp_path / f"{names}.safetensors", model)[1]
     assert (found["torchvision"].num_classes, found["timm"].num_classes) == (7, 7)
     assert "timm" in found["timm"].title
     jax.tree.map(np.testing.assert_array_equal, found["timm"].variables, found["torchvision"].variables)

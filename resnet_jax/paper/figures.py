@@ -1,0 +1,116 @@
+"""The paper's figures of our runs, as SVG that takes its colours for text from the page around it."""
+
+from collections.abc import Callable, Sequence
+import io
+import re
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+import numpy as np
+
+from resnet_jax.paper.runs import Run
+
+_INK = "#012345"  # Stands for the page's own colour of text.
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.2,
+    "grid.color": _INK,
+    "legend.frameon": False,
+    "savefig.transparent": True,
+    "svg.hashsalt": "resnet_jax",
+    # Readable on white and on black.
+    "axes.prop_cycle": matplotlib.cycler(color=["#d1495b", "#2e86ab", "#5b9a2f", "#b8860b", "#8e6bbf", "#4f8f8b"]),
+}
+
+
+def draw(paint: Callable[[Sequence[Any]], None], panels: int = 1, label: str = "") -> str:
+    """A figure of panels, two in a row, which ``paint`` gets, as an ``<svg>`` element.
+
+    ``label`` says what is shown to those who can't see it.
+    """
+    columns, rows = min(2, panels), -(-panels // 2)
+    with plt.rc_context(_STYLE):
+        size = (5.6 * columns, 3.8 * rows)
+        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+        for unused in axes.flat[panels:]:
+            unused.remove()
+        paint(axes.flat[:panels])
+        content = io.StringIO()
+        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+    svg = content.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{label}"', svg, count=1)
+
+
+def training_curves(runs: Sequence[Run]) -> str:
+    """Figures 1, 4 and 6: errors by iteration, thin lines of training, bold ones of the test set."""
+
+    def paint(axes: Sequence[Any]) -> None:
+        for number, run in enumerate(runs):
+            colour = f"C{number % 6}"
+            for metric, width, label in (("train_top1_error", 0.8, None), ("test_top1_error", 2.4, run.name)):
+                points = [(line["step"], line[metric]) for line in run.metrics if metric in line]
+                if points:
+                    axes[0].plot(*zip(*points, strict=True), color=colour, linewidth=width, label=label)
+        axes[0].set(xlabel="iteration", ylabel="error, %")
+        axes[0].legend()
+
+    return draw(paint, label=f"Training and test error by iteration of {', '.join(run.name for run in runs)}")
+
+
+def responses(runs: Sequence[Run]) -> str:
+    """Figure 7: deviations of layer responses, in the layers' order and by size."""
+
+    def paint(axes: Sequence[Any]) -> None:
+        for number, run in enumerate(runs):
+            values = np.array(run.analysis["responses"]["deviations"])
+            for axis, shown in zip(axes, (values, np.sort(values)[::-1]), strict=True):
+                axis.plot(np.arange(1, len(shown) + 1), shown, color=f"C{number % 6}", linewidth=1.6, label=run.name)
+        for axis, order in zip(axes, ("in order", "by size"), strict=True):
+            axis.set(xlabel=f"3x3 layer, {order}", ylabel="standard deviation", ylim=(0, None))
+        axes[0].legend()
+
+    return draw(paint, panels=2, label=f"Layer responses of {', '.join(run.name for run in runs)}")
+
+
+def removal(runs: Sequence[Run]) -> str:
+    """The error without one block, block by block, with the whole network's as a line."""
+
+    def paint(axes: Sequence[Any]) -> None:
+        for number, (axis, run) in enumerate(zip(axes, runs, strict=True)):
+            found = run.analysis["removal"]
+            axis.bar(np.arange(1, len(found["blocks"]) + 1), found["top1_errors"], color=f"C{number % 6}", width=0.7)
+            axis.axhline(found["whole"], color=_INK, linewidth=1, linestyle="--")
+            axis.set(title=run.name, xlabel="block left out", ylabel="error, %", ylim=(0, 100))
+
+    return draw(paint, panels=len(runs), label="Error without one block, block by block")
+
+
+def landscape(runs: Sequence[Run]) -> str:
+    """The loss along random filter-normalised directions."""
+
+    def paint(axes: Sequence[Any]) -> None:
+        for number, run in enumerate(runs):
+            found = run.analysis["landscape"]
+            for line, losses in enumerate(found["losses"]):
+                label = run.name if line == 0 else None
+                axes[0].plot(found["distances"], losses, color=f"C{number % 6}", linewidth=1.4, label=label)
+        axes[0].set(xlabel="distance, in lengths of each filter", ylabel="loss", yscale="log")
+        axes[0].legend()
+
+    return draw(paint, label="Loss along random directions in the space of weights")

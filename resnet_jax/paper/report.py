@@ -1,0 +1,246 @@
+"""The paper's tables and figures beside our runs', as Markdown and as one page of HTML."""
+
+from collections.abc import Sequence
+import dataclasses
+import datetime
+import importlib.resources
+import pathlib
+import statistics
+from typing import Any
+
+import jinja2
+
+from resnet_jax import __version__
+from resnet_jax.classification import ensemble
+from resnet_jax.errors import UsageError
+from resnet_jax.models.registry import IMAGENET
+from resnet_jax.models.summary import summarize
+from resnet_jax.paper import figures
+from resnet_jax.paper.runs import Run
+from resnet_jax.paper.tables import MULTIPLY_ADDS, TABLES, Row, Table
+
+NONE = "–"  # noqa: RUF001  Where the paper has no figure.
+MISSING = "not run"
+_NAMES = {"top1_error": "top-1", "top5_error": "top-5"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A table ready for the page: ``rows`` of cells, the first the row's name."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A picture ready for the page: ``svg``, its ``title`` and ``text``, and whether it has panels side by side."""
+
+    title: str
+    svg: str
+    text: str
+    wide: bool = False
+
+
+def write_report(runs: Sequence[Run], output: pathlib.Path) -> list[pathlib.Path]:
+    """Writes ``report.html`` and ``report.md``, whose pictures lie beside it.
+
+    Args:
+      runs: what is reported; none of them twice.
+      output: a folder; made where needed.
+
+    Returns:
+      The two files.
+
+    Raises:
+      UsageError: it can't be written.
+    """
+    drawn = _figures(runs)
+    values = {
+        "version": __version__,
+        "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        "runs": _runs(runs),
+        "tables": [_ensembles(runs), *(_compare(table, runs) for table in TABLES), _sizes()],
+        "figures": drawn,
+    }
+    values["tables"] = [table for table in values["tables"] if table]
+    folder = importlib.resources.files("resnet_jax.paper")
+    written = []
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for number, figure in enumerate(drawn, start=1):
+            # Alone in its file a picture has no page to take its colour from.
+            alone = figure.svg.replace("<svg", '<svg style="color: #666"', 1)
+            (output / f"figure_{number}.svg").write_text(alone)
+        for name in ("report.html", "report.md"):
+            template = folder.joinpath(f"{name}.jinja").read_text()
+            made = jinja2.Environment(
+                autoescape=name.endswith(".html"),
+                trim_blocks=True,
+                lstrip_blocks=True,
+                undefined=jinja2.StrictUndefined,
+            ).from_string(template)
+            (output / name).write_text(made.render(values))
+            written.append(output / name)
+    except OSError as error:
+        raise UsageError(f"--output={output}: can't be written ({error.strerror})") from error
+    return written
+
+
+def _compare(table: Table, runs: Sequence[Run]) -> Shown:
+    """The paper's table with public figures and ours; networks that nobody trained here are marked."""
+    publics = list(dict.fromkeys(whose for row in table.rows for whose in row.public))
+    columns = [_NAMES[metric] for metric in table.columns]
+    several = len(columns) > 1
+
+    def heads(whose: str) -> list[str]:
+        return [f"{whose} {column}" if several else whose for column in columns]
+
+    head = [
+        "",
+        *heads("paper"),
+        *(name for whose in publics for name in heads(whose)),
+        *heads("ours"),
+        "difference",
+        "",
+    ]
+    rows = []
+    for row in table.rows:
+        cells = [*_figures_of(row.paper, columns)]
+        for whose in publics:
+            cells += _figures_of(row.public.get(whose, ()), columns)
+        ours, difference, remark = _ours(table, row, runs)
+        remarks = "; ".join(text for text in (row.remark, remark) if text)
+        rows.append((row.title, *cells, *ours, difference, remarks))
+    return Shown(table.title, tuple(head), rows, table.note)
+
+
+def _figures_of(values: Sequence[float | None], columns: Sequence[str]) -> list[str]:
+    shown = [NONE if value is None else f"{value:.2f}" for value in values]
+    return shown + [NONE] * (len(columns) - len(shown))
+
+
+def _ours(table: Table, row: Row, runs: Sequence[Run]) -> tuple[list[str], str, str]:
+    """Our figures for a row, their difference from the paper's, and what has to be said of them."""
+    if not row.models:
+        return [NONE] * len(table.columns), "", ""
+    found = [
+        run for run in runs if run.model in row.models and run.data == table.data and table.protocol in run.summaries
+    ]
+    whole = [run for run in found if not run.imported and not _part(run)]
+    if whole:
+        errors = {metric: [run.summaries[table.protocol][metric] for run in whole] for metric in table.columns}
+        cells = [f"{statistics.fmean(values):.2f}" for values in errors.values()]
+        first = errors[table.columns[0]]
+        difference = f"{statistics.fmean(first) - row.paper[0]:+.2f}" if row.paper and row.paper[0] is not None else ""
+        if len(first) == 1:
+            return cells, difference, whole[0].name
+        spread = f"mean of {len(first)} seeds, +- {statistics.stdev(first):.2f}, best {min(first):.2f}"
+        return cells, difference, spread
+    parts = [f"{_errors(run, table)} after {run.summary['step']:,} iterations ({run.name})"
+             for run in found if _part(run)]  # fmt: skip
+    others = [
+        f"{_errors(run, table)} by imported weights, evaluated here ({run.name})" for run in found if run.imported
+    ]
+    return [MISSING] * len(table.columns), "", "; ".join(parts + others)
+
+
+def _errors(run: Run, table: Table) -> str:
+    return " / ".join(f"{run.summaries[table.protocol][metric]:.2f}" for metric in table.columns)
+
+
+def _part(run: Run) -> bool:
+    """Whether a run ended before the paper's schedule does: its figure is not the row's."""
+    boundaries = run.config["schedule.boundaries"]
+    return not run.imported and run.summary.get("step", 0) <= max(boundaries, default=0)
+
+
+def _runs(runs: Sequence[Run]) -> Shown:
+    head = ("run", "network", "data", "steps", "seed", "train error", "test error", "protocols", "images/s", "minutes")
+    rows = []
+    for run in runs:
+        found = run.summary
+        rows.append((
+            run.name,
+            run.model,
+            run.data if run.data != "other" else run.config["data.source"],
+            "imported" if run.imported else f"{found.get('step', 0):,}",
+            NONE if run.imported else str(run.config["seed"]),
+            _number(found.get("train_top1_error")),
+            _number(found.get("top1_error")),
+            ", ".join(run.summaries),
+            _number(found.get("images_per_second"), 0),
+            _number(found["seconds"] / 60 if found.get("seconds") else None, 1),
+        ))  # fmt: skip
+    return Shown("Runs", head, rows)
+
+
+def _number(value: float | None, places: int = 2) -> str:
+    return NONE if value is None else f"{value:,.{places}f}"
+
+
+def _ensembles(runs: Sequence[Run]) -> Shown | None:
+    """The runs that were evaluated on the same test set, and their probabilities averaged."""
+    groups: dict[tuple, list[tuple[Run, Any]]] = {}
+    for run in runs:
+        file = run.folder / "predictions.npz"
+        if file.is_file():
+            scores = ensemble.read_predictions(file)
+            key = (scores["index"].tobytes(), scores["label"].tobytes(), scores["probabilities"].shape[1])
+            groups.setdefault(key, []).append((run, scores))
+    rows = []
+    for members in groups.values():
+        if len(members) > 1:
+            named = [(run.name, scores) for run, scores in members]
+            together = ensemble.combine([scores for _, scores in members])
+            named.append((f"ensemble of these {len(members)}", together))
+            for name, scores in named:
+                found = ensemble.errors(scores)
+                rows.append((name, *(f"{found[metric]:.2f}" for metric in _NAMES), f"{found['loss']:.4f}"))
+    note = "Probabilities averaged over runs that were evaluated on the same examples."
+    return Shown("Ensembles", ("", "top-1", "top-5", "loss"), rows, note) if rows else None
+
+
+def _sizes() -> Shown:
+    """Table 1: the networks' sizes, computed from the networks."""
+    rows = []
+    for depth in IMAGENET:
+        found, printed = summarize(f"resnet{depth}"), MULTIPLY_ADDS[depth]
+        rows.append((
+            f"ResNet-{depth}",
+            f"{printed / 1e9:.1f}e9",
+            f"{found.multiply_adds / 1e9:.3f}e9",
+            f"{100 * (found.multiply_adds / printed - 1):+.1f}%",
+            f"{found.parameters:,}",
+        ))  # fmt: skip
+    head = ("", "multiply-adds, paper", "ours", "difference", "parameters")
+    return Shown("Table 1: ImageNet networks", head, rows)
+
+
+def _figures(runs: Sequence[Run]) -> list[Figure]:
+    """Whatever the runs have the data for."""
+    curves = [run for run in runs if sum("train_top1_error" in line for line in run.metrics) > 1]
+    drawn = []
+    for data in dict.fromkeys(run.data for run in curves):
+        chosen = [run for run in curves if run.data == data]
+        text = "Thin lines are training errors, bold ones the test set's."
+        title = {"cifar10": "CIFAR-10", "imagenet": "ImageNet"}.get(data, "other data")
+        drawn.append(Figure(f"Training on {title} (figures 1, 4, 6)", figures.training_curves(chosen), text))
+    for kind, title, paint, text in (
+        ("responses", "Layer responses (figure 7)", figures.responses,
+         "Deviations of the 3x3 layers' outputs over the test set, after BN and before the ReLU or the addition."),
+        ("removal", "One block left out", figures.removal,
+         "The error of a trained network without one of its blocks; the dashed line is the whole network's."),
+        ("landscape", "A slice of the loss", figures.landscape,
+         "The loss along three random directions, each filter of which is as long as the network's own."),
+    ):  # fmt: skip
+        chosen = [run for run in runs if kind in run.analysis]
+        if chosen:
+            means = [f"{run.name} {statistics.fmean(run.analysis[kind]['deviations']):.3f}" for run in chosen
+                     if kind == "responses"]  # fmt: skip
+            said = f"{text} Means: {', '.join(means)}." if means else text
+            wide = kind == "responses" or (kind == "removal" and len(chosen) > 1)
+            drawn.append(Figure(title, paint(chosen), said, wide))
+    return drawn
