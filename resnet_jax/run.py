@@ -44,7 +44,8 @@ def run_classification(
     """
     workdir = workdir.absolute()
     done = latest_step(workdir)
-    if done is not None or (workdir / "metrics.jsonl").exists():  # Else nothing was trained there that would be lost.
+    only_evaluated = done is None and (workdir / "summary.json").is_file() and not (workdir / "metrics.jsonl").exists()
+    if not only_evaluated:  # There nothing is lost by another recipe.
         check_recipe(workdir, flatten(config), training=mode == "train")
     check_writable(workdir)
     if mode != "train" and done is None:

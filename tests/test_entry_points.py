@@ -15,8 +15,10 @@ from resnet_jax.models.registry import create_model
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Entry point -> the flags that its --help must name.
 ENTRY_POINTS = {
-    "resnet_jax.main": ("--config", "--workdir", "--mode", "--config.model.name", "--config.batch_size"),
+    "resnet_jax.main": ("--config", "--workdir", "--mode", "--seeds", "--config.model.name", "--config.batch_size"),
     "resnet_jax.convert": ("--model", "--weights", "--output"),
+    "resnet_jax.ensemble": ("--runs", "--protocol", "--evaluate", "--select", "--output", "--json"),
+    "resnet_jax.report": ("--runs", "--output", "--analyze"),
     "resnet_jax.predict": ("--workdir", "--weights", "--model", "--json", "--features", "--heatmap"),
     "resnet_jax.prepare": ("--source", "--data_dir", "--output", "--workers", "--on_error"),
     "resnet_jax.summary": ("--models", "--image_size"),
