@@ -138,12 +138,12 @@ class Classification:
         size, cut = self.image_shape[0], self._config.data.crop != "whole"
         means = tuple(mean.reshape(-1, mean.shape[-1]).mean(0).tolist())
         resize = self._config.eval.resize if cut else None
+        # Images on the devices were resized once, as training's are.
+        how = self._config.eval.interpolation if self.streams else self._config.data.interpolation
         return {
             "classes": list(self.classes),
             "examples": self.examples_per_epoch,
-            "preprocessing": Preprocessing(
-                means, tuple(std.tolist()), size, resize, self._config.eval.interpolation
-            ).to_json(),
+            "preprocessing": Preprocessing(means, tuple(std.tolist()), size, resize, how).to_json(),
             "settings": self._settings,
             "mean_image": mean if mean.ndim == 3 else None,
         }

@@ -75,6 +75,8 @@ def read_pretrained(path: pathlib.Path, model: str | None) -> tuple[str, Pretrai
     arrays, metadata = read_arrays(path)
     if metadata.get("format") == FORMAT:
         model = model or metadata.get("model")
+        if not model:
+            raise UsageError(f"{path}: does not say which network it is of: --model=NAME is needed")
         return model, _read_ours(path, arrays, metadata, model)
     if all(name.startswith("module.") for name in arrays):  # Of torch's DataParallel.
         arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
@@ -120,17 +122,17 @@ def _read_ours(path: pathlib.Path, arrays: Arrays, metadata: dict[str, str], mod
         if "mean_image" in metadata:
             image = np.load(io.BytesIO(base64.b64decode(metadata["mean_image"])), allow_pickle=False)
             preprocessing = dataclasses.replace(preprocessing, mean_image=image)
-        settings = dict(settings or {})
-    except (ValueError, TypeError) as error:
+        settings, classes = dict(settings or {}), tuple(map(str, classes)) if classes else None
+        channels = len(preprocessing.mean) if preprocessing else 3
+    except (ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: its metadata is damaged or another version's ({error})") from error
     arrays = {name: array for name, array in arrays.items() if not name.endswith(".num_batches_tracked")}
     names = None if any(name.startswith("params/") for name in arrays) else recognise(arrays)
-    channels = len(preprocessing.mean) if preprocessing else 3
     return Pretrained(
         settings,
         fit(path, arrays, names, model, settings, channels),
         preprocessing,
-        tuple(classes) if classes else None,
+        classes,
         "a file of ours",
         history or {"source": path.name},
     )
@@ -196,6 +198,8 @@ def _name_of(blocks: tuple[int, ...], bottleneck: bool, stride_in: str, plain: b
         return f"cifar_{'plain' if plain else 'resnet'}{6 * blocks[0] + 2}"
     for name, row in MODELS.items():
         settings = row.keywords
+        if plain != (settings.get("shortcut") == "none"):
+            continue
         if settings.get("blocks") == blocks and settings.get("bottleneck", False) == bottleneck:
             return f"{name}_v1_5" if bottleneck and stride_in == "middle" else name
     kind = "bottleneck" if bottleneck else "basic"

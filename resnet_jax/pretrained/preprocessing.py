@@ -104,11 +104,12 @@ def beside(file: pathlib.Path) -> Beside | None:
         found = Preprocessing(tuple(timm["mean"]), tuple(timm["std"]), size, resize, timm["interpolation"])
         names = values.get("label_names") or timm.get("label_names")
         classes = tuple(map(str, names)) if isinstance(names, list) else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = found.interpolation in INTERPOLATIONS and timm.get("crop_mode", "center") == "center"
+    except (OSError, ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
         raise UsageError(f"{path}: no config of timm's ({error})") from error
     if architecture not in TIMM:  # Some have the same arrays and another computation.
         raise UsageError(f"{path}: is of timm's {architecture}, which is no network here")
-    if found.interpolation not in INTERPOLATIONS or timm.get("crop_mode", "center") != "center":
+    if not known:
         asked = f"interpolation {found.interpolation}, crop_mode {timm.get('crop_mode', 'center')}"
         raise UsageError(f"{path}: asks for {asked}; known are {', '.join(INTERPOLATIONS)}, and center")
     return Beside(TIMM[architecture], found, classes)

@@ -64,7 +64,8 @@ def read_weights(source: str, model: str | None) -> tuple[str, Pretrained]:
             raise UsageError(f"{source}: no work directory of a run (no config.json of one in it)")
         if model not in (None, config["model.name"]):
             raise UsageError(f"{source}: holds {config['model.name']}, not {model}")
-        if latest_step(path) is None and config.get("init.weights"):  # Others' weights were evaluated there.
+        evaluated = latest_step(path) is None and (path / "summary.json").is_file()
+        if evaluated and config.get("init.weights"):  # Others' weights were, and nothing was trained.
             return read_weights(config["init.weights"], config["model.name"])
         return config["model.name"], _read_run(path, config)
     model, found = read_pretrained(path, model)

@@ -47,7 +47,9 @@ def with_preprocessing(
     wanted = start.preprocessing
     if config.init.weights:
         fields = {"eval.interpolation": wanted.interpolation}
-        if config.data.crop != "whole":
+        if config.data.crop == "whole":  # Images on the devices are resized once, for training and evaluation.
+            fields["data.interpolation"] = wanted.interpolation
+        else:
             resize = wanted.image_size if wanted.resize is None else wanted.resize
             fields |= {"data.image_size": wanted.image_size, "eval.resize": resize}
         for name, value in fields.items():

@@ -36,6 +36,8 @@ def random_variables(model, side: int):
 
     def draw(path, leaf):
         name, fan = path[-1].key, max(1, int(np.prod(leaf.shape[:-1])))
+        if path[1].key == "head":  # No class is certain.
+            return jnp.asarray(random.normal(0, 0.5 / np.sqrt(fan), leaf.shape), jnp.float32)
         drawn = {
             "kernel": lambda: random.normal(0, np.sqrt(2 / fan), leaf.shape),
             "scale": lambda: random.uniform(0.7, 1.3, leaf.shape),
@@ -57,9 +59,8 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum()
 
 
-def classify(model, variables, part: np.ndarray) -> np.ndarray:
+def classify(model, params, part: np.ndarray) -> np.ndarray:
     """Logits of a window's worth [window, window, C] of the last map, by hand."""
-    params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
     if isinstance(model, VGG):
         hidden = part.reshape(-1)
         for name in ("fc6", "fc7"):
@@ -75,11 +76,13 @@ def slow_scores(model, variables, image: np.ndarray, window: int) -> np.ndarray:
     pair = np.stack([image, image[:, ::-1]])
     features = jax.jit(functools.partial(model.apply, method="features"))(variables, pair)
     maps, scores = np.asarray(features[f"stage{len(model.blocks)}"], np.float64), []
+    params = {name: part for name, part in variables["params"].items() if not name.startswith(("stem", "stage"))}
+    params = jax.tree.map(np.asarray, params)
     for found in maps:
         for top in range(found.shape[0] - window + 1):
             for left in range(found.shape[1] - window + 1):
                 part = found[top : top + window, left : left + window]
-                scores.append(softmax(classify(model, variables, part)))
+                scores.append(softmax(classify(model, params, part)))
     return np.mean(scores, axis=0)
 
 
@@ -94,14 +97,14 @@ def on_canvas(images: list[np.ndarray], canvas: tuple[int, int]) -> np.ndarray:
 def compare(model, side: int, canvas: tuple[int, int], shapes) -> np.ndarray:
     """Asserts that dense scores are the slow ones; returns them."""
     random, variables, window = np.random.default_rng(2), random_variables(model, side), window_of(model, side)
-    images = [random.normal(0, 1, (*shape, 3)).astype(np.float32) for shape in shapes]
+    images = [(random.normal(0, 1, (*shape, 3)) + random.normal(0, 1, 3)).astype(np.float32) for shape in shapes]
     step = jax.jit(functools.partial(dense_scores, model, window=window))
     found = np.asarray(step(variables, on_canvas(images, canvas), np.array(shapes, np.int32)))
     expected = np.stack([slow_scores(model, variables, image, window) for image in images])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     # Images differ, and no score is certain: else little would be compared.
-    assert np.ptp(expected, axis=0).max() > 1e-3
-    assert expected.max() < 0.999
+    assert np.ptp(expected, axis=0).max() > 2e-3
+    assert expected.max() < 0.99
     return found
 
 
@@ -111,7 +114,7 @@ def test_scores_are_those_of_each_image_alone_whatever_lies_beyond_it(name):
 
 
 @pytest.mark.parametrize("normalise", [False, True])
-def test_scores_of_a_vgg_are_those_of_each_image_alone(normalise, monkeypatch):
+def test_scores_of_a_vgg_are_those_of_each_image_alone(normalise):
     small = VGG(blocks=(1, 1, 1, 1, 1), widths=(4, 4, 8, 8, 4), num_classes=CLASSES, normalise=normalise)
     compare(small, 224, (235, 290), ((224, 224), (235, 257)) if normalise else ((224, 290), (230, 256)))
 
@@ -132,7 +135,9 @@ def test_a_row_that_holds_no_image_changes_no_other_and_is_finite():
     variables, window = random_variables(model, SIDE), window_of(model, SIDE)
     images = np.random.default_rng(4).normal(0, 1, (2, *CANVAS, 3)).astype(np.float32)
     step = jax.jit(functools.partial(dense_scores, model, window=window))
-    with_nothing, both = (np.asarray(step(variables, images, np.array(s))) for s in ([(40, 50), (0, 0)], [(40, 50)] * 2))
+    with_nothing, both = (
+        np.asarray(step(variables, images, np.array(s))) for s in ([(40, 50), (0, 0)], [(40, 50)] * 2)
+    )
     np.testing.assert_allclose(with_nothing[0], both[0], rtol=0, atol=1e-7)
     assert np.isfinite(with_nothing).all()
 

@@ -309,6 +309,24 @@ def assert_named(file: pathlib.Path, message: str, damaged: pathlib.Path) -> Non
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["conv1", "bn4b_branch2b", "scale2a_branch1", "fc1000"])
+def test_a_layer_that_is_there_twice_is_named_in_one_line(name, network, tmp_path):
+    layers = layers_of(network)
+    kind, arrays = layers[name]
+    once = write(tmp_path / "once.caffemodel", layers).read_bytes()
+    again = write(tmp_path / "again.caffemodel", {name: (kind, [array + 1 for array in arrays])}).read_bytes()
+    file = tmp_path / "net.caffemodel"
+    file.write_bytes(once + again)  # Protobuf's messages one after another are merged: lists are joined.
+    assert_named(file, rf"layer {name} is there twice", file)
+
+
+def test_arrays_that_only_one_network_has_need_no_name(file):
+    name, weights = read_weights(str(file), None)
+    assert name == "tiny"
+    expected = read_weights(str(file), "tiny")[1]
+    jax.tree.map(np.testing.assert_array_equal, weights.variables, expected.variables)
+
+
 def values_cut_off(layers: Layers) -> bytes:
     net = messages()["NetParameter"]()
     made = net.layer.add(name="conv1", type="Convolution").blobs.add(data=[1.0] * 7)

@@ -25,6 +25,7 @@ import pytest
 from resnet_jax import UsageError, load_pretrained
 from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.pretrained.source import read_weights
 
 h5py = pytest.importorskip("h5py")
 
@@ -145,6 +146,45 @@ def test_what_does_not_fit_is_named_in_one_line(change, message, network, tmp_pa
 def test_a_bias_of_another_shape_is_named_in_one_line(size, network, tmp_path):
     arrays = with_array(arrays_of(network), "conv2_block1_3_conv", "bias", np.ones(size))
     assert_named(write(tmp_path / "net.h5", arrays), rf"conv2_block1_3_conv/bias has shape \({size},\)")
+
+
+@pytest.mark.parametrize("array", ["conv2_block1_1_conv/kernel", "conv3_block1_2_bn/gamma", "predictions/bias"])
+def test_an_array_that_is_there_twice_in_different_groups_is_named_in_one_line(array, network, tmp_path):
+    arrays = arrays_of(network)
+    layer = array.split("/")[0]
+    file = write(tmp_path / "net.h5", arrays | {f"resnet/{array}:0": arrays[f"{layer}/{array}:0"] + 1})
+    assert_named(file, f"has {array} twice")
+
+
+def write_counted(path: pathlib.Path, network: Network, **again: str) -> pathlib.Path:
+    """As Keras 3's .weights.h5: groups by kind and number, whose arrays are counted; ``again`` writes layers twice."""
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    for name, value in arrays_of(network).items():
+        layer, _, part = name.split("/")
+        layers.setdefault(layer, {})[part] = value
+    names = [*layers, *again.values()]
+    with h5py.File(path, "w") as file:
+        for number, name in enumerate(names):
+            group = file.create_group(f"layers/{'conv2d' if 'conv' in name else 'layer'}_{number}/vars")
+            group.attrs["name"] = name
+            for i, value in enumerate(layers[name].values()):
+                group[str(i)] = value + (number >= len(layers))
+    return path
+
+
+def test_counted_arrays_are_the_same_and_a_layer_that_is_there_twice_is_named(network, file, tmp_path):
+    counted = write_counted(tmp_path / "net.weights.h5", network)
+    _, found = read_weights(str(counted), "tiny")
+    _, expected = read_weights(str(file), "tiny")
+    assert_equal = np.testing.assert_array_equal
+    assert_equal(found.variables["params"]["head"]["kernel"], expected.variables["params"]["head"]["kernel"])
+    assert_computes(counted, network, 32)
+    write_counted(counted, network, again="conv3_block1_2_bn")
+    assert_named(counted, "has conv3_block1_2_bn/gamma twice")
+
+
+def test_arrays_that_only_one_network_has_need_no_name(file):
+    assert read_weights(str(file), None)[0] == "tiny"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])

@@ -108,6 +108,7 @@ def test_a_program_needs_nothing_of_ours_and_equals_apply_for_any_batch(tmp_path
         ({"preprocessing": '{"colour": "red"}'}, "its metadata is damaged"),
         ({"settings": "7"}, "its metadata is damaged"),
         ({"classes": "a, b"}, "its metadata is damaged"),
+        ({"classes": "7"}, "its metadata is damaged"),
         ({"mean_image": "AAAA"}, "its metadata is damaged"),
         ({"history": "nothing"}, "its metadata is damaged"),
     ],
@@ -129,7 +130,7 @@ def test_damaged_metadata_are_one_line(change, says, model, tmp_path):
     if model or "model" not in change:
         assert says in text
     else:
-        assert "None" not in text
+        assert "None" not in text  # Nobody named a network.
 
 
 def metadata_of(path: pathlib.Path) -> dict[str, str]:
@@ -143,22 +144,14 @@ def metadata_of(path: pathlib.Path) -> dict[str, str]:
 SIDE = 8
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    row = functools.partial(ResNet, blocks=(1, 1), widths=(4, 8), shortcut="A", stem="cifar", stem_width=4)
-    monkeypatch.setitem(MODELS, "tiny", row)
-    monkeypatch.setattr("resnet_jax.distributed.jax.devices", lambda: jax.local_devices()[:1])
-
-
-@pytest.fixture
-def grey(tiny, tmp_path, monkeypatch) -> tuple[pathlib.Path, np.ndarray]:
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory):
     """A run of six steps, and its test images, uint8 [N, 8, 8, 1]."""
-    random = np.random.default_rng(0)
+    folder, random = tmp_path_factory.mktemp("grey"), np.random.default_rng(0)
     labels = np.arange(40, dtype=np.int32) % 3
     pixels = (random.integers(0, 100, (40, SIDE, SIDE, 1)) + 70 * labels[:, None, None, None]).astype(np.uint8)
     everything = Images(pixels, labels)
     dataset = Dataset(everything.subset(np.arange(30)), everything.subset(np.arange(30, 40)), ("zero", "one", "two"))
-    monkeypatch.setitem(SOURCES, "digits", lambda data: dataset)
     config = load_config("finetune_folder")
     changes = {
         "model.name": "tiny", "data.source": "digits", "data.image_size": SIDE, "data.crop": "whole",
@@ -169,8 +162,13 @@ def grey(tiny, tmp_path, monkeypatch) -> tuple[pathlib.Path, np.ndarray]:
     with config.unlocked():
         config.update_from_flattened_dict(changes)
     validate(config)
-    assert run_classification(config, tmp_path / "run", "train") == 0
-    return tmp_path / "run", dataset.test.images
+    row = functools.partial(ResNet, blocks=(1, 1), widths=(4, 8), shortcut="A", stem="cifar", stem_width=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "tiny", row)
+        patch.setitem(SOURCES, "digits", lambda data: dataset)
+        patch.setattr("resnet_jax.distributed.jax.devices", lambda: jax.local_devices()[:1])
+        assert run_classification(config, folder / "run", "train") == 0
+        yield folder / "run", dataset.test.images
 
 
 @pytest.mark.parametrize("form", ["run", "file", "file of a file"])

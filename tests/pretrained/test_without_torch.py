@@ -9,8 +9,10 @@ import textwrap
 
 from flax import traverse_util
 import jax
-from jax import numpy as jnp
+from jax import export, numpy as jnp
+from networks_by_hand import STEM, caffe_pool, draw, forward, keras_pool, network_input
 import numpy as np
+from PIL import Image
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -135,3 +137,68 @@ def test_a_file_of_ours_says_what_it_is_of(file, tmp_path):
     assert (metadata["format"], metadata["model"]) == ("resnet_jax", "cifar_resnet20")
     assert json.loads(metadata["settings"]) == {"shortcut": "A", "shortcut_zeros": "both"}
     assert json.loads(metadata["preprocessing"])["image_size"] == 32
+
+
+def test_a_program_is_written_and_gives_the_logits_of_apply(file, tmp_path):
+    result = convert(tmp_path, "--model=cifar_resnet20", "--weights=net.safetensors", "--output=net.stablehlo")
+    assert result.returncode == 0, result.stderr
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    module, variables, _ = load_pretrained(str(file), "cifar_resnet20", dtype="float32")
+    images = (pixels / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    expected = module.apply(variables, images.astype(np.float32))
+    found = export.deserialize((tmp_path / "net.stablehlo").read_bytes()).call(pixels)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.abs(expected).max()), rtol=0)
+
+
+def test_pictures_are_predicted(file, tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    code = """
+    sys.argv = ["predict", "--weights=net.safetensors", "--model=cifar_resnet20", "--json", "picture.png"]
+    from resnet_jax import cli, predict
+    cli.run(predict.main, predict.__doc__, takes_arguments=True)
+    """
+    result = python(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+    module, variables, _ = load_pretrained(str(file), "cifar_resnet20", dtype="float32")
+    images = (pixels / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    logits = np.asarray(module.apply(variables, images[None].astype(np.float32)))[0].astype(np.float64)
+    shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    found = json.loads(result.stdout)["predictions"]
+    assert [one["class"] for one in found] == [names[i] for i in np.argsort(-shares)[:5]]
+    np.testing.assert_allclose([one["probability"] for one in found], np.sort(shares)[:-6:-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["caffemodel", "h5"])
+def test_caffes_and_kerass_files_come_in(kind, tmp_path):
+    if kind == "caffemodel":
+        import test_caffe
+
+        network, pool, epsilon = draw(50, biased=lambda place: place == STEM), caffe_pool, 1e-5
+        test_caffe.write(tmp_path / "net.caffemodel", test_caffe.layers_of(network))
+    else:
+        pytest.importorskip("h5py")
+        import test_keras
+
+        network, pool, epsilon = draw(50, biased=lambda place: True), keras_pool, 1.001e-5
+        test_keras.write(tmp_path / "net.h5", test_keras.arrays_of(network))
+    images = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    code = f"""
+    import functools
+    import jax
+    import numpy as np
+    from resnet_jax import load_pretrained
+    from resnet_jax.models.registry import MODELS
+    from resnet_jax.models.resnet import ResNet
+    MODELS["tiny"] = functools.partial(ResNet, blocks=(1, 2, 2, 1), widths=(8, 16, 24, 32), stem_width=4,
+                                       bottleneck=True)
+    module, variables, preprocessing = load_pretrained("net.{kind}", "tiny", dtype="float32")
+    np.save("logits.npy", jax.jit(module.apply)(variables, preprocessing.normalise(np.load("images.npy"))))
+    """
+    result = python(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+    expected = forward(network, network_input(images), epsilon, pool)["logits"]
+    atol = 2e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=0, atol=atol)
