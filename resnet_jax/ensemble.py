@@ -6,13 +6,16 @@
 The runs must have been evaluated on the same examples; --evaluate evaluates those that were not.
 """
 
+import contextlib
 import json
 import pathlib
+import sys
 
 from absl import flags
 
 from resnet_jax import cli
 from resnet_jax.errors import UsageError
+from resnet_jax.output import write_whole
 
 flags.DEFINE_list("runs", None, "Work directories, or .npz files of predictions, separated by commas.")
 flags.DEFINE_string("protocol", "center", "Whose predictions: of center, ten_crop or multi_scale.")
@@ -34,6 +37,10 @@ def main(overrides: list[tuple[str, str]]) -> int:
     if FLAGS.output and not FLAGS.output.endswith(".npz"):
         raise UsageError(f"--output={FLAGS.output}: the file's name ends in .npz")
 
+    output = pathlib.Path(FLAGS.output).expanduser() if FLAGS.output else None
+    if output and not output.absolute().parent.is_dir():
+        raise UsageError(f"--output={FLAGS.output}: no folder {output.absolute().parent}")
+
     import numpy as np
 
     from resnet_jax.classification import ensemble
@@ -42,13 +49,20 @@ def main(overrides: list[tuple[str, str]]) -> int:
     if FLAGS.evaluate:
         from resnet_jax.run import evaluate_run
 
-        for run, file in zip(FLAGS.runs, files, strict=True):
-            if not file.is_file() and file.suffix == ".npz" and not run.endswith(".npz"):
-                evaluate_run(pathlib.Path(run).expanduser(), FLAGS.protocol)
+        missing = [run for run, file in zip(FLAGS.runs, files, strict=True) if not file.is_file()]
+        with contextlib.redirect_stdout(sys.stderr):  # Whoever reads --json wants nothing else.
+            for run in missing:
+                status = 0 if run.endswith(".npz") else evaluate_run(pathlib.Path(run).expanduser(), FLAGS.protocol)
+                if status:
+                    return status
     members = [ensemble.read_predictions(file) for file in files]
     ensemble.check_same_examples(FLAGS.runs, members)
 
     seen = ensemble.hold_out(len(members[0]["index"]), FLAGS.select)
+    if FLAGS.select and not 0 < seen.sum() < len(seen):
+        raise UsageError(
+            f"--select={FLAGS.select} of {len(seen)} examples leaves none to choose on, or none to judge on"
+        )
     judged, taken = ~seen if FLAGS.select else None, list(range(len(members)))
     if FLAGS.select:
         taken = ensemble.select_greedily(members, seen)
@@ -65,8 +79,8 @@ def main(overrides: list[tuple[str, str]]) -> int:
                   f"  loss {found['loss']:.4f}  {found['examples']} examples")  # fmt: skip
         if FLAGS.select:
             print(f"chosen on the other {seen.sum()} examples: {', '.join(chosen)}")
-    if FLAGS.output:
-        np.savez(FLAGS.output, **together)
+    if output:
+        write_whole(output, lambda file: np.savez(file, **together))
     return 0
 
 

@@ -49,10 +49,12 @@ def main(overrides: list[tuple[str, str]]) -> int:
     explicit = [name for name, _ in overrides]
     if FLAGS.seeds is None:
         return run_classification(config, workdir, FLAGS.mode, explicit)
-    seeds = FLAGS.seeds
-    if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds) or "seed" in explicit:
-        raise UsageError(f"--seeds={','.join(seeds)}: expected different whole numbers, as 0,1,2, and no --config.seed")
-    return run_seeds(config, workdir, FLAGS.mode, list(map(int, seeds)), explicit)
+    seeds = [int(seed) if seed.isdecimal() else None for seed in FLAGS.seeds]
+    if not seeds or None in seeds or len(set(seeds)) < len(seeds) or "seed" in explicit:
+        raise UsageError(
+            f"--seeds={','.join(FLAGS.seeds)}: expected different whole numbers, as 0,1,2, and no --config.seed"
+        )
+    return run_seeds(config, workdir, FLAGS.mode, seeds, explicit)
 
 
 if __name__ == "__main__":

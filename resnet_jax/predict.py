@@ -70,7 +70,8 @@ def main(overrides: list[tuple[str, str]], images: list[str]) -> int:
             print(json.dumps({"file": found.path, "predictions": predictions}), flush=True)
         else:
             print(f"{found.path}: {', '.join(f'{100 * share:.1f}% {name}' for name, share in said)}", flush=True)
-        vectors.append(found.features)
+        if features:
+            vectors.append(found.features)
         if numbers is not None:
             lines.append(" ".join(str(numbers[i]) for i in order[:5]))
         if heatmaps:

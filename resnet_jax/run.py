@@ -22,7 +22,16 @@ from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.loop import Training
 from resnet_jax.training.metrics import write_json
 from resnet_jax.training.state import TrainState
-from resnet_jax.training.workdir import check_data, check_recipe, check_writable, open_workdir, read_json
+from resnet_jax.training.workdir import (
+    CENTER,
+    DATA,
+    check_data,
+    check_recipe,
+    check_writable,
+    open_workdir,
+    read_json,
+    results_folder,
+)
 
 CALIBRATED = "calibrated.safetensors"
 
@@ -67,7 +76,7 @@ def run_classification(
         if train and (done or 0) > task.total_steps:
             raise UsageError(f"--workdir={workdir} is at step {done} already, beyond the {task.total_steps} asked for")
         if train or done is None:  # Another command's settings are not the run's.
-            open_workdir(workdir, flatten(config), task.description)
+            open_workdir(workdir, flatten(config), task.description | {"explicit": sorted(explicit)})
 
         def calibrate(state: TrainState, poll: Callable[[], None]) -> TrainState:
             state = task.calibrated(state, poll)
@@ -91,10 +100,12 @@ def run_seeds(
 ) -> int:
     """Does the same for several seeds, one after another; returns the exit status of the first that has one.
 
-    Each has its folder ``seed_<N>`` in ``workdir``; the same call goes on where it was stopped. ``seeds.json`` has the
-    errors, their mean and their standard deviation (of a sample: n - 1).
+    Each has its folder ``seed_<N>`` in ``workdir``; the same call goes on where it was stopped. ``seeds.json`` (of
+    another evaluation than the usual one ``seeds_<its name>.json``) has the errors, their mean and their standard
+    deviation (of a sample: n - 1).
     """
-    errors = {}
+    errors, name = {}, "calibrated" if mode == "calibrate" else ""
+    protocol = CENTER if mode == "train" else config.eval.protocol
     for seed in seeds:
         config = config.copy_and_resolve_references()
         config.seed = seed
@@ -102,12 +113,14 @@ def run_seeds(
         status = run_classification(config, workdir / f"seed_{seed}", mode, explicit)
         if status:
             return status
-        errors[str(seed)] = read_json(workdir / f"seed_{seed}" / "summary.json")["top1_error"]
+        results = results_folder(workdir / f"seed_{seed}", name, protocol)
+        errors[str(seed)] = read_json(results / "summary.json")["top1_error"]
     found = {"top1_error": errors, **spread(list(errors.values()))}
-    write_json(workdir / "seeds.json", found)
+    where = workdir / ("seeds.json" if results.name.startswith("seed_") else f"seeds_{results.name}.json")
+    write_json(where, found)
     deviation = "" if found["std"] is None else f" +- {found['std']:.2f}"
     print(f"{len(seeds)} seeds: top1 error {found['mean']:.2f}{deviation}%, best {found['best']:.2f}%;"
-          f" wrote {workdir}/seeds.json", flush=True)  # fmt: skip
+          f" wrote {where}", flush=True)  # fmt: skip
     return 0
 
 
@@ -120,8 +133,8 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-    """The config that a run was made with.
+def read_config(workdir: pathlib.Path) -> tuple[ml_collections.ConfigDict, list[str]]:
+    """The config that a run was made with, and which of its fields the command line had set.
 
     Raises:
       UsageError: no run of this version's is there.
@@ -129,14 +142,14 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     values = read_json(workdir / "config.json")
     if values is None:
         raise UsageError(f"{workdir}: no work directory of a run (no config.json in it)")
-    return restore_config(values, str(workdir))
+    return restore_config(values, str(workdir)), (read_json(workdir / DATA) or {}).get("explicit", [])
 
 
 def evaluate_run(workdir: pathlib.Path, protocol: str) -> int:
     """Evaluates a run again, by any test protocol, as ``--mode=eval`` with its own config does."""
-    config = read_config(workdir)
+    config, explicit = read_config(workdir)
     config.eval.protocol = protocol
-    return run_classification(config, workdir, "eval")
+    return run_classification(config, workdir, "eval", explicit)
 
 
 @contextlib.contextmanager
@@ -146,16 +159,17 @@ def open_run(workdir: pathlib.Path) -> Iterator[tuple[Classification, TrainState
     Raises:
       UsageError: no run of this version's is there, or its data are not.
     """
-    config, mesh = read_config(workdir), distributed.make_mesh()
+    (config, explicit), mesh = read_config(workdir), distributed.make_mesh()
     if config.model.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     with jax.set_mesh(mesh):
         if latest_step(workdir) is None:
             start = starting_weights(config)
         else:
-            start, config.init.head = read_weights(str(workdir), None)[1], "keep"
+            # What these were trained with is known, whatever the command line said then.
+            start, config.init.head, explicit = read_weights(str(workdir), None)[1], "keep", ()
         if start is None:
             raise UsageError(f"{workdir}: has no checkpoint")
-        task = Classification(config, mesh, start)
+        task = Classification(config, mesh, start, explicit)
         check_data(workdir, task.description, training=False)
         yield task, task.initial_state()

@@ -17,13 +17,17 @@ def make_statistics_step(model: nn.Module) -> Callable[[dict[str, Any], Batch, R
 
     Layers see what they see in training: inputs that were normalised by the statistics of their own group of examples.
     """
-    # A running average that keeps nothing is the batch's own.
-    forgetful = model.clone(batch_norm_momentum=0.0)
+    # A running average that keeps nothing is the batch's own; what fine-tuning froze is looked at too.
+    thawed = {"freeze_at": 0} if hasattr(model, "freeze_at") else {}
+    scope = "global" if model.batch_norm == "frozen" else model.batch_norm
+    forgetful = model.clone(batch_norm_momentum=0.0, batch_norm=scope, **thawed)
 
     def step(variables: dict[str, Any], batch: Batch, resident: Resident) -> Any:
         images, _ = take_images(batch, resident)
         images = augment.normalise(images, resident["mean"], resident["std"])
-        _, updated = forgetful.apply(variables, images, train=True, mutable=["batch_stats"])
+        # VGG's dropout comes after all of its BN.
+        rngs = {"dropout": jax.random.key(0)}
+        _, updated = forgetful.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
         return updated["batch_stats"]
 
     return step

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import pathlib
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -41,12 +42,27 @@ def read_predictions(file: pathlib.Path) -> Scores:
     try:
         with np.load(file, allow_pickle=False) as stored:
             found = {name: stored[name] for name in _ARRAYS}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise UsageError(f"{file}: no whole file of predictions ({error})") from error
-    if any(found[name].ndim != axes for name, axes in _ARRAYS.items()) or len({len(x) for x in found.values()}) != 1:
-        raise UsageError(f"{file}: no file of predictions ({', '.join(f'{k} {v.shape}' for k, v in found.items())})")
+    wrong = _what_is_wrong(found)
+    if wrong:
+        shapes = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in found.items())
+        raise UsageError(f"{file}: no file of predictions: {wrong} ({shapes})")
     order = np.argsort(found["index"], kind="stable")
     return {name: array[order] for name, array in found.items()}
+
+
+def _what_is_wrong(found: Scores) -> str | None:
+    index, label, probabilities = (found[name] for name in _ARRAYS)
+    if any(found[name].ndim != axes for name, axes in _ARRAYS.items()) or len({len(x) for x in found.values()}) != 1:
+        return "the arrays don't belong together"
+    if index.dtype.kind not in "iu" or label.dtype.kind not in "iu" or probabilities.dtype.kind != "f":
+        return "values of another kind"
+    if not len(index) or len(np.unique(index)) != len(index):
+        return "examples missing or twice"
+    if not 0 <= label.min() <= label.max() < probabilities.shape[1]:
+        return "labels without a probability"
+    return None if np.isfinite(probabilities).all() else "probabilities that are not finite"
 
 
 def check_same_examples(names: Sequence[str], members: Sequence[Scores]) -> None:
@@ -68,8 +84,10 @@ def check_same_examples(names: Sequence[str], members: Sequence[Scores]) -> None
 
 def combine(members: Sequence[Scores]) -> Scores:
     """The mean of the members' probabilities; a member that is named twice counts twice."""
-    probabilities = np.mean([member["probabilities"] for member in members], axis=0, dtype=np.float64)
-    return members[0] | {"probabilities": probabilities.astype(np.float32)}
+    total = np.zeros(members[0]["probabilities"].shape)
+    for member in members:
+        total += member["probabilities"]
+    return members[0] | {"probabilities": (total / len(members)).astype(np.float32)}
 
 
 def errors(scores: Scores, chosen: np.ndarray | None = None) -> dict[str, float]:

@@ -101,6 +101,7 @@ def make_removal_step(model: nn.Module) -> Step:
     [blocks], in the order of ``block_names``, so that all of them share a compilation.
     """
     numbers = {name: i for i, name in enumerate(block_names(model))}
+    last = "bn3" if model.bottleneck else "bn2"
 
     def step(variables: Any, batch: Batch, resident: Resident, removed: jax.Array) -> dict[str, jax.Array]:
         def remove(
@@ -116,7 +117,6 @@ def make_removal_step(model: nn.Module) -> Step:
                 return y
             return jnp.where(removed[number], arguments[0] if whole else jnp.zeros_like(y), y)
 
-        last = "bn3" if model.bottleneck else "bn2"
         images, labels = _inputs(batch, resident)
         with nn.intercept_methods(remove):
             logits = model.apply(variables, images)

@@ -16,13 +16,14 @@ from resnet_jax.classification.steps import Batch, Resident
 from resnet_jax.data import augment
 from resnet_jax.data.crops import Fit, FiveCrop
 from resnet_jax.data.decode import resized_shape
-from resnet_jax.data.feed import Feed, StreamFeed
+from resnet_jax.data.feed import StreamFeed
 from resnet_jax.errors import UsageError
 
 CENTER, TEN_CROP, MULTI_SCALE = PROTOCOLS = ("center", "ten_crop", "multi_scale")
 # The longer side over the shorter one, rounded up to one of these (and their doubles), so that few shapes are compiled;
 # nearly all photos are 4:3 or 3:2, some a pixel more than that.
 _RATIOS = (1.34, 1.51, 2.0)
+_LONGEST = 16_384  # Side of a canvas, pixels: beyond, one odd file would take all memory.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,22 @@ class Pass:
     step: Callable[[Any, Batch, Resident], dict[str, jax.Array]]
 
 
+def check_protocol(protocol: str, config: ml_collections.ConfigDict, streams: bool) -> None:
+    """Raises a UsageError where the data (which come in ``streams``, or do not) or the scales don't allow a protocol."""
+    size, scales = config.data.image_size, tuple(config.eval.scales)
+    if protocol == CENTER:
+        return
+    if not streams or config.data.crop == "whole":
+        raise UsageError(
+            f"eval.protocol={protocol} looks at parts of images that are larger than the network's input; with"
+            f" data.crop={config.data.crop} there are none"
+        )
+    if protocol == MULTI_SCALE and (not scales or min(scales) < size):
+        raise UsageError(f"eval.scales={scales}: each shorter side must be at least data.image_size={size}")
+
+
 def make_passes(
-    protocol: str, model: nn.Module, variables: Any, feed: Feed, config: ml_collections.ConfigDict, devices: int
+    protocol: str, model: nn.Module, variables: Any, feed: StreamFeed, config: ml_collections.ConfigDict, devices: int
 ) -> list[Pass]:
     """The passes of ``ten_crop`` or ``multi_scale``; an example's score is the mean over those that it is in.
 
@@ -56,11 +71,7 @@ def make_passes(
     Raises:
       UsageError: the data or the scales don't allow it.
     """
-    if not isinstance(feed, StreamFeed) or config.data.crop == "whole":
-        raise UsageError(
-            f"eval.protocol={protocol} looks at parts of images that are larger than the network's input; with"
-            f" data.crop={config.data.crop} there are none"
-        )
+    check_protocol(protocol, config, isinstance(feed, StreamFeed))
     size, pixels = config.data.image_size, config.eval.batch_size * config.data.image_size**2
 
     def batch(pixels_each: int, examples: int) -> int:
@@ -73,14 +84,15 @@ def make_passes(
         return [Pass(lambda: feed.evaluation(count, crop=crop), feed.inputs, jax.jit(_ten_crop_step(model)))]
 
     scales = tuple(config.eval.scales)
-    if not scales or min(scales) < size:
-        raise UsageError(f"eval.scales={scales}: each shorter side must be at least data.image_size={size}")
     probe = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     features = jax.eval_shape(lambda v, x: model.apply(v, x, method="features"), variables, probe)
-    window = features[f"stage{len(model.blocks)}"].shape[1]
+    # VGG's first fully connected layer knows its own.
+    window = getattr(model, "window", None) or features[f"stage{len(model.blocks)}"].shape[1]
     step, shapes, passes = jax.jit(_dense_step(model, window)), feed.shapes(), []
     for scale in scales:
         for canvas, index in _by_canvas(shapes, scale).items():
+            if max(canvas) > _LONGEST:
+                raise UsageError(f"{feed.where(index[0])}: too long a strip for eval.protocol=multi_scale")
             crop, count = Fit(scale, canvas, config.eval.interpolation), batch(2 * math.prod(canvas), len(index))
             passes.append(Pass(_sized(feed, count, crop, index, shapes), (*feed.inputs, "shapes"), step))
     print(

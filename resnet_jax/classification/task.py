@@ -97,6 +97,7 @@ class Classification:
         self.total_steps = config.steps or math.ceil(config.epochs * train.examples / config.batch_size)
         self.resident = train.resident
         self.streams = "images" not in train.resident
+        protocols.check_protocol(config.eval.protocol, config, self.streams)
         self.validation = "holdout" if config.data.holdout else "test"
         self.train_step = steps.make_train_step(self.model, self._optimizer, config, self.total_steps, mesh.size)
 
@@ -217,8 +218,10 @@ class Classification:
         """The state with BN statistics that are averages over the training set; what is evaluated has them.
 
         Raises:
-          UsageError: the training set is smaller than a batch.
+          UsageError: the training set is smaller than a batch, or there is no BN.
         """
+        if not state.variables["batch_stats"]:
+            raise UsageError(f"--mode=calibrate: {self.name} has no BN")
         feed, batch = self._feeds["train"], self._config.batch_size
         index = calibrate.whole_batches(feed.examples, batch, self._config.seed)
         if not len(index):

@@ -120,13 +120,18 @@ class StreamFeed:
         reader = self._reader(views, EvaluationPlan(index, rows), 0, "mask")
         return self._batches(reader, 0, -(-len(index) // batch), "images", "labels", "index", "valid")
 
+    def where(self, i: int) -> str:
+        """The file of an example."""
+        return self._views.examples.where(int(i))
+
     def shapes(self) -> np.ndarray:
         """(height, width) of every example in its own pixels, int32 [N, 2]; zeros where it can't be read.
 
         Raises:
           UsageError: one can't be read, and ``data.on_error`` is ``raise``.
         """
-        return image_shapes(self._views.examples, worker_count(self._data.workers), self._data.on_error == "raise")
+        broken = None if self._data.on_error == "raise" else self.broken
+        return image_shapes(self._views.examples, worker_count(self._data.workers), broken)
 
 
 def make_feeds(

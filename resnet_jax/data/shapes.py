@@ -11,25 +11,28 @@ from resnet_jax.data.sources import Examples
 from resnet_jax.errors import UsageError
 
 
-def image_shapes(examples: Examples, workers: int, strict: bool) -> np.ndarray:
+def image_shapes(examples: Examples, workers: int, broken: dict[str, str] | None) -> np.ndarray:
     """(height, width) of every example, int32 [N, 2], from their headers; zeros where one can't be read.
 
     Args:
       examples: encoded images.
       workers: threads.
-      strict: whether one that can't be read is an error.
+      broken: takes what can't be read: where -> why; None makes that an error.
 
     Raises:
-      UsageError: one can't be read, and ``strict``.
+      UsageError: one can't be read, and ``broken`` is None.
     """
 
     def shape(i: int) -> tuple[int, int]:
         try:
             return image_shape(examples[i][0])
         except (OSError, BrokenImage) as error:
-            if strict:
-                hint = "data.on_error=skip leaves such images out"
-                raise UsageError(f"{examples.where(i)}: not a readable image ({error}); {hint}") from error
+            reason = f"not a readable image ({error})"
+            if broken is None:
+                raise UsageError(f"{examples.where(i)}: {reason}; data.on_error=skip leaves such images out") from error
+            if examples.where(i) not in broken:
+                print(f"left out {examples.where(i)}: {reason}", file=sys.stderr, flush=True)
+                broken[examples.where(i)] = reason
             return 0, 0
 
     with ThreadPoolExecutor(max(1, workers)) as pool:

@@ -51,6 +51,8 @@ class VGG(nn.Module):
     batch_norm_momentum: float = 0.9
     dtype: Any = jnp.float32
 
+    window = 7  # Positions that fc6 looks at, each way.
+
     def setup(self):
         norm = (self.normalise, self.init_fan, self.batch_norm, self.batch_norm_momentum, self.dtype)
         self.stages = [
@@ -59,7 +61,7 @@ class VGG(nn.Module):
         ]
         # Fully connected layers: each output reads its inputs once, so the fan is theirs whatever init_fan says.
         fully_connected = {"use_bias": True, "init_fan": "fan_in", "padding": 0, "dtype": self.dtype}
-        self.fc6 = Conv(4096, 7, **fully_connected)
+        self.fc6 = Conv(4096, self.window, **fully_connected)
         self.fc7 = Conv(4096, 1, **fully_connected)
         self.drop = nn.Dropout(self.dropout)
         self.head = Head(self.num_classes, self.dtype)
@@ -84,9 +86,9 @@ class VGG(nn.Module):
         """The three fully connected layers at every position of [N, H, W, C], averaged to [N, num_classes]."""
         return self._fully_connected(x, train).mean((1, 2))
 
-    def classify_densely(self, x: jax.Array, window: int = 7) -> jax.Array:
-        """The logits at every position: [N, H, W, C] -> [N, H - 6, W - 6, classes]; the window is fc6's."""
-        del window
+    def classify_densely(self, x: jax.Array, window: int) -> jax.Array:
+        """The logits at every position, [N, H, W, C] -> [N, H - 6, W - 6, classes]; ``window`` is fc6's, 7."""
+        assert window == self.window
         return self._fully_connected(x, train=False)
 
     def _fully_connected(self, x: jax.Array, train: bool) -> jax.Array:

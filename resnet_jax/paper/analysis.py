@@ -15,6 +15,7 @@ from resnet_jax.classification.task import Classification
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.paper.runs import ANALYSIS
 from resnet_jax.run import open_run
+from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.metrics import write_json
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.workdir import read_json
@@ -23,17 +24,17 @@ KINDS = ("responses", "removal", "landscape")
 _DIRECTIONS, _REACH, _POINTS = 3, 1.0, 21  # Lines, how far they go in lengths of the weights, and points on each.
 
 
-def analyse(folder: pathlib.Path, kinds: Collection[str], examples: int, again: bool = False) -> None:
-    """Computes what is asked for and not known yet.
+def analyse(folder: pathlib.Path, kinds: Collection[str], examples: int) -> None:
+    """Computes what is asked for and not known yet of the run as it is.
 
     Args:
       folder: a work directory.
       kinds: of ``KINDS``.
       examples: how many test images ``removal`` and ``landscape`` look at, drawn at random; ``responses`` take all.
-      again: compute also what is known.
     """
-    known = {} if again else read_json(folder / ANALYSIS) or {}
-    wanted = [kind for kind in kinds if kind not in known]
+    known, step = read_json(folder / ANALYSIS) or {}, latest_step(folder) or 0
+    of_this = {kind: {"step": step} | ({} if kind == "responses" else {"asked": examples}) for kind in kinds}
+    wanted = [kind for kind in kinds if not of_this[kind].items() <= known.get(kind, {}).items()]
     if not wanted:
         return
     with open_run(folder) as (task, state):
@@ -44,7 +45,7 @@ def analyse(folder: pathlib.Path, kinds: Collection[str], examples: int, again: 
         probe = {"responses": _responses, "removal": _removal, "landscape": _landscape}
         for kind in wanted:
             print(f"{folder}: {kind}", flush=True)
-            known[kind] = probe[kind](task, state, chosen)
+            known[kind] = of_this[kind] | probe[kind](task, state, chosen)
             write_json(folder / ANALYSIS, known)
 
 

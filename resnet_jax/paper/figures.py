@@ -1,6 +1,7 @@
 """The paper's figures of our runs, as SVG that takes its colours for text from the page around it."""
 
 from collections.abc import Callable, Sequence
+import html
 import io
 import re
 from typing import Any
@@ -54,7 +55,8 @@ def draw(paint: Callable[[Sequence[Any]], None], panels: int = 1, label: str = "
     svg = content.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{label}"', svg, count=1)
+    spoken = f' role="img" aria-label="{html.escape(label, quote=True)}"'
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', lambda match: match[1] + spoken, svg, count=1)
 
 
 def training_curves(runs: Sequence[Run]) -> str:
@@ -63,8 +65,10 @@ def training_curves(runs: Sequence[Run]) -> str:
     def paint(axes: Sequence[Any]) -> None:
         for number, run in enumerate(runs):
             colour = f"C{number % 6}"
-            for metric, width, label in (("train_top1_error", 0.8, None), ("test_top1_error", 2.4, run.name)):
-                points = [(line["step"], line[metric]) for line in run.metrics if metric in line]
+            for metric, width in (("train", 0.8), ("test", 2.4), ("holdout", 2.4)):
+                name = f"{metric}_top1_error"
+                points = [(line["step"], line[name]) for line in run.metrics if name in line]
+                label = {"train": None, "test": run.name, "holdout": f"{run.name} (held out)"}[metric]
                 if points:
                     axes[0].plot(*zip(*points, strict=True), color=colour, linewidth=width, label=label)
         axes[0].set(xlabel="iteration", ylabel="error, %")

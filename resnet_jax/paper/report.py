@@ -12,6 +12,7 @@ import jinja2
 
 from resnet_jax import __version__
 from resnet_jax.classification import ensemble
+from resnet_jax.config import flatten, load_config, recipe_changes
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import IMAGENET
 from resnet_jax.models.summary import summarize
@@ -21,6 +22,10 @@ from resnet_jax.paper.tables import MULTIPLY_ADDS, TABLES, Row, Table
 
 NONE = "–"  # noqa: RUF001  Where the paper has no figure.
 MISSING = "not run"
+# What may be otherwise in the same experiment: chance, and where the same images come from.
+_FREE = {"seed", "model.name", "model.num_classes", "model.dtype", "data.source", "data.name", "data.train_split",
+         "data.test_split", "data.labels"}  # fmt: skip
+_TEST_SETS = {"cifar10": 10_000, "imagenet": 50_000}  # Their images.
 _NAMES = {"top1_error": "top-1", "top5_error": "top-5"}
 
 
@@ -73,16 +78,16 @@ def write_report(runs: Sequence[Run], output: pathlib.Path) -> list[pathlib.Path
         for number, figure in enumerate(drawn, start=1):
             # Alone in its file a picture has no page to take its colour from.
             alone = figure.svg.replace("<svg", '<svg style="color: #666"', 1)
-            (output / f"figure_{number}.svg").write_text(alone)
+            (output / f"figure_{number}.svg").write_text(alone, encoding="utf-8")
         for name in ("report.html", "report.md"):
-            template = folder.joinpath(f"{name}.jinja").read_text()
+            template = folder.joinpath(f"{name}.jinja").read_text(encoding="utf-8")
             made = jinja2.Environment(
                 autoescape=name.endswith(".html"),
                 trim_blocks=True,
                 lstrip_blocks=True,
                 undefined=jinja2.StrictUndefined,
             ).from_string(template)
-            (output / name).write_text(made.render(values))
+            (output / name).write_text(made.render(values), encoding="utf-8")
             written.append(output / name)
     except OSError as error:
         raise UsageError(f"--output={output}: can't be written ({error.strerror})") from error
@@ -126,35 +131,44 @@ def _ours(table: Table, row: Row, runs: Sequence[Run]) -> tuple[list[str], str, 
     """Our figures for a row, their difference from the paper's, and what has to be said of them."""
     if not row.models:
         return [NONE] * len(table.columns), "", ""
-    found = [
-        run for run in runs if run.model in row.models and run.data == table.data and table.protocol in run.summaries
-    ]
-    whole = [run for run in found if not run.imported and not _part(run)]
-    if whole:
-        errors = {metric: [run.summaries[table.protocol][metric] for run in whole] for metric in table.columns}
-        cells = [f"{statistics.fmean(values):.2f}" for values in errors.values()]
-        first = errors[table.columns[0]]
-        difference = f"{statistics.fmean(first) - row.paper[0]:+.2f}" if row.paper and row.paper[0] is not None else ""
-        if len(first) == 1:
-            return cells, difference, whole[0].name
-        spread = f"mean of {len(first)} seeds, +- {statistics.stdev(first):.2f}, best {min(first):.2f}"
-        return cells, difference, spread
-    parts = [f"{_errors(run, table)} after {run.summary['step']:,} iterations ({run.name})"
-             for run in found if _part(run)]  # fmt: skip
-    others = [
-        f"{_errors(run, table)} by imported weights, evaluated here ({run.name})" for run in found if run.imported
-    ]
-    return [MISSING] * len(table.columns), "", "; ".join(parts + others)
+    found = [run for run in runs
+             if run.model in row.models and run.data == table.data and table.protocol in run.summaries]  # fmt: skip
+    others = {run.name: _what_differs(row, table, run) for run in found}
+    same = [run for run in found if not others[run.name]]
+    remarks = [f"{_errors(run, table)} {others[run.name]} ({run.name})" for run in found if others[run.name]]
+    if not same:
+        return [MISSING] * len(table.columns), "", "; ".join(remarks)
+    errors = [[run.summaries[table.protocol][metric] for run in same] for metric in table.columns]
+    means = [statistics.fmean(values) for values in errors]
+    printed = row.mean if row.mean and len(same) > 1 else row.paper
+    differences = [f"{ours - theirs:+.2f}".replace("+0.00", "0.00").replace("-0.00", "0.00")
+                   for ours, theirs in zip(means, printed, strict=False) if theirs is not None]  # fmt: skip
+    said = same[0].name
+    if len(same) > 1:
+        said = f"mean of {len(same)} runs, +- {statistics.stdev(errors[0]):.2f}, best {min(errors[0]):.2f}"
+    return [f"{mean:.2f}" for mean in means], " / ".join(differences), "; ".join([said, *remarks])
+
+
+def _what_differs(row: Row, table: Table, run: Run) -> str:
+    """Why a run is not the row's experiment; empty where it is."""
+    if run.imported:
+        return "by imported weights, evaluated here"
+    if run.config["init.weights"]:
+        return "fine-tuned from other weights"
+    if not row.config:
+        return "by a recipe of one's own"
+    config = flatten(load_config(row.config))
+    changes = [change for change in recipe_changes(config, run.config) if change.split(":")[0] not in _FREE]
+    if changes:
+        return f"with {', '.join(changes[:3])}{', ...' if len(changes) > 3 else ''}"
+    if run.step != config["steps"]:
+        return f"after {run.step:,} of {config['steps']:,} iterations"
+    examples = run.summaries[table.protocol].get("examples")
+    return "" if examples == _TEST_SETS[table.data] else f"on {examples} test images"
 
 
 def _errors(run: Run, table: Table) -> str:
     return " / ".join(f"{run.summaries[table.protocol][metric]:.2f}" for metric in table.columns)
-
-
-def _part(run: Run) -> bool:
-    """Whether a run ended before the paper's schedule does: its figure is not the row's."""
-    boundaries = run.config["schedule.boundaries"]
-    return not run.imported and run.summary.get("step", 0) <= max(boundaries, default=0)
 
 
 def _runs(runs: Sequence[Run]) -> Shown:
@@ -166,7 +180,7 @@ def _runs(runs: Sequence[Run]) -> Shown:
             run.name,
             run.model,
             run.data if run.data != "other" else run.config["data.source"],
-            "imported" if run.imported else f"{found.get('step', 0):,}",
+            "imported" if run.imported else f"{run.step:,}",
             NONE if run.imported else str(run.config["seed"]),
             _number(found.get("train_top1_error")),
             _number(found.get("top1_error")),

@@ -6,12 +6,19 @@ import json
 import pathlib
 from typing import Any
 
+from resnet_jax.classification.predict import imagenet_names
 from resnet_jax.config import restore_config
 from resnet_jax.errors import UsageError
 from resnet_jax.training.workdir import DATA, read_json
 
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ANALYSIS = "analysis.json"
+# What is in it, by kind.
+_FIELDS = {
+    "responses": {"layers", "deviations"},
+    "removal": {"blocks", "whole", "top1_errors"},
+    "landscape": {"distances", "losses"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +55,12 @@ class Run:
     @property
     def imported(self) -> bool:
         """Whether the weights are somebody else's, evaluated here."""
-        return bool(self.config["init.weights"]) and not self.summary.get("step")
+        return bool(self.config["init.weights"]) and not self.step
+
+    @property
+    def step(self) -> int:
+        """How far it was trained, iterations."""
+        return max(found.get("step", 0) for found in self.summaries.values())
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -72,7 +84,7 @@ def find_runs(folders: Sequence[str]) -> list[pathlib.Path]:
         if not runs:
             raise UsageError(f"--runs={name}: no work directory of a run (no config.json in it)")
         found += runs
-    return found
+    return list({folder.resolve(): folder for folder in found}.values())
 
 
 def read_run(folder: pathlib.Path) -> Run:
@@ -98,9 +110,12 @@ def read_run(folder: pathlib.Path) -> Run:
             except ValueError:  # The last line of a run that was killed while it wrote.
                 continue
     analysis = read_json(folder / ANALYSIS) or {}
+    for kind, fields in _FIELDS.items():
+        if kind in analysis and not fields <= set(analysis[kind]):
+            raise UsageError(f"{folder / ANALYSIS}: damaged, or another version's; without it --analyze makes it anew")
     return Run(folder, config, summaries, _data_of(folder), metrics, analysis)
 
 
 def _data_of(folder: pathlib.Path) -> str:
     classes = tuple((read_json(folder / DATA) or {}).get("classes", ()))
-    return "cifar10" if classes == _CIFAR10 else "imagenet" if len(classes) == 1000 else "other"
+    return "cifar10" if classes == _CIFAR10 else "imagenet" if set(classes) == set(imagenet_names()) else "other"

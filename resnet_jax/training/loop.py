@@ -22,10 +22,9 @@ from resnet_jax.training.record import Diverged, Record, Window
 from resnet_jax.training.signals import Stopped, StopSignal
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Evaluation, Task
-from resnet_jax.training.workdir import read_json
+from resnet_jax.training.workdir import CENTER, read_json, results_folder
 
 EXIT_DIVERGED = 1
-_PROTOCOL = "center"  # Of the evaluations while training goes, and of the work directory's own summary.
 
 
 def _next_multiple(step: int, every: int, end: int) -> int:
@@ -191,8 +190,8 @@ class Training:
                 batches.close()
         self._checkpoints.wait()
         record.seconds = time.monotonic() - self._started
-        self._report(self._summary(step, record), evaluation, _PROTOCOL)
-        if config.eval.protocol != _PROTOCOL:
+        self._report(self._summary(step, record), evaluation, CENTER)
+        if config.eval.protocol != CENTER:
             return self._evaluate_besides(state, step, record, stop)
         return 0
 
@@ -334,17 +333,15 @@ class Training:
 
     def _report(self, summary: dict[str, Any], evaluation: Evaluation, protocol: str, name: str | None = None) -> None:
         """Writes ``predictions.npz`` and ``summary.json``, and says where they are."""
-        parts = [part for part in (name, protocol if protocol != _PROTOCOL else None) if part]
-        folder = self._workdir.joinpath(*(["eval", "_".join(parts)] if parts else []))
+        folder = results_folder(self._workdir, name or "", protocol)
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / ".predictions.npz.partial"
         with partial.open("wb") as file:
             np.savez(file, **evaluation.predictions)
         partial.rename(folder / "predictions.npz")
         write_json(folder / "summary.json", summary | {"protocol": protocol} | evaluation.metrics)
-        self._console.line(
-            f"{', '.join(['test', *parts])}: {_describe(evaluation.metrics)}; wrote {folder}/summary.json"
-        )
+        what = "test" if folder == self._workdir else f"test, {folder.name}"
+        self._console.line(f"{what}: {_describe(evaluation.metrics)}; wrote {folder}/summary.json")
 
 
 def _describe(metrics: dict[str, float]) -> str:

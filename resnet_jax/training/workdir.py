@@ -14,6 +14,13 @@ from resnet_jax.training.checkpoints import FOLDER, latest_step
 from resnet_jax.training.metrics import write_json
 
 DATA, MEAN = "data.json", "mean.npy"
+CENTER = "center"  # The protocol of evaluations while training goes, and of the work directory's own results.
+
+
+def results_folder(workdir: pathlib.Path, *names: str) -> pathlib.Path:
+    """Where an evaluation's results go: the work directory itself, or for others than the usual one a folder below."""
+    names = tuple(name for name in names if name and name != CENTER)
+    return workdir / "eval" / "_".join(names) if names else workdir
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:

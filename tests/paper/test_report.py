@@ -15,6 +15,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 from resnet_jax import UsageError
+from resnet_jax.classification.predict import imagenet_names
 from resnet_jax.config import flatten, load_config
 from resnet_jax.paper.report import MISSING, write_report
 from resnet_jax.paper.runs import find_runs, read_run
@@ -32,7 +33,8 @@ def write_run(
     (folder / "config.json").write_text(json.dumps(values))
     (folder / "data.json").write_text(json.dumps({"classes": classes, "examples": 50_000}))
     summary = {"model": values["model.name"], "step": step, "top1_error": error, "top5_error": 1.0, "seconds": 60.0,
-               "images_per_second": 100.0, "train_top1_error": 2.5, "protocol": "center"}  # fmt: skip
+               "images_per_second": 100.0, "train_top1_error": 2.5, "protocol": "center",
+               "examples": 10_000 if len(classes) == 10 else 50_000}  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
     lines = [{"step": at, "train_top1_error": 50.0 - at, "train_loss": 1.0} for at in (1, 2, 3)]
     lines += [{"step": 3, "test_top1_error": error}]
@@ -114,11 +116,45 @@ def test_what_is_not_the_paper_s_experiment_is_a_remark_and_no_figure(tmp_path):
     theirs = write_run(tmp_path / "theirs", "cifar_56", 6.61, 0, **{"init.weights": "net.th"})
     digits = write_run(tmp_path / "digits", "cifar_32", 1.0, 64_000, classes=list("0123456789"))
     page = report(tmp_path, short, theirs, digits)
-    for name, says in (("ResNet-20", "42.16 after 600 iterations (short)"), ("ResNet-56", "6.61 by imported weights"),
-                       ("ResNet-32", "")):  # fmt: skip
+    remarks = {"ResNet-20": "42.16 after 600 of 64,000 iterations (short)", "ResNet-56": "6.61 by imported weights",
+               "ResNet-32": ""}  # fmt: skip
+    for name, says in remarks.items():
         row = page.row(TABLE_6.title, name)
         assert (row["ours"], row["difference"]) == (MISSING, "")
         assert says in row[""]
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "says"),
+    [
+        ({"schedule.boundaries": [10, 20]}, 64_000, "with schedule.boundaries: [32000, 48000] -> [10, 20]"),
+        ({"data.holdout": 5000}, 64_000, "with data.holdout: 0 -> 5000"),
+        ({"loss.label_smoothing": 0.1, "batch_size": 64}, 64_000, "batch_size: 128 -> 64"),
+        ({"init.weights": "net.th"}, 64_000, "fine-tuned from other weights"),
+        ({}, 48_001, "after 48,001 of 64,000 iterations"),
+    ],
+)
+def test_another_recipe_is_named_and_no_figure(changes, step, says, tmp_path):
+    row = report(tmp_path, write_run(tmp_path / "mine", "cifar_20", 7.0, step, **changes)).row(
+        TABLE_6.title, "ResNet-20"
+    )
+    assert (row["ours"], row["difference"]) == (MISSING, "")
+    assert "7.00" in row[""]
+    assert says in row[""]
+
+
+def test_where_the_images_come_from_is_no_difference_and_a_run_named_twice_counts_once(tmp_path):
+    changes = {"data.source": "image_folder", "data.dir": "cifar10", "seed": 3}
+    run = write_run(tmp_path / "mine" / "seed_3", "cifar_20", 8.5, 64_000, **changes)
+    row = report(tmp_path, run, tmp_path / "mine").row(TABLE_6.title, "ResNet-20")
+    assert (row["ours"], row[""]) == ("8.50", "mine/seed_3")
+
+
+def test_every_row_s_config_is_of_its_network():
+    for table in TABLES:
+        for row in table.rows:
+            if row.config:
+                assert load_config(row.config).model.name in row.models
 
 
 def test_several_seeds_are_a_mean_with_its_deviation(tmp_path):
@@ -127,17 +163,20 @@ def test_several_seeds_are_a_mean_with_its_deviation(tmp_path):
         write_run(tmp_path / "cifar_110" / f"seed_{seed}", "cifar_110", error, 64_000, seed=seed)
     row = report(tmp_path, tmp_path / "cifar_110").row(TABLE_6.title, "ResNet-110")
     assert row["ours"] == f"{statistics.mean(errors):.2f}" == "6.60"
-    assert f"mean of 3 seeds, +- {np.std(errors, ddof=1):.2f}, best 6.40" in row[""]
+    assert row["difference"] == "-0.01"  # Of the printed mean, 6.61, not of the best.
+    assert f"mean of 3 runs, +- {np.std(errors, ddof=1):.2f}, best 6.40" in row[""]
 
 
 def test_other_protocols_stand_in_their_own_tables(tmp_path):
-    run = write_run(tmp_path / "imagenet", "imagenet_50", 24.0, 600_000, classes=list(map(str, range(1000))))
+    run = write_run(tmp_path / "imagenet", "imagenet_50", 24.0, 600_000, classes=list(imagenet_names()))
     ten = run / "eval" / "ten_crop"
     ten.mkdir(parents=True)
-    (ten / "summary.json").write_text(json.dumps({"top1_error": 22.8, "top5_error": 6.6, "step": 600_000}))
+    (ten / "summary.json").write_text(
+        json.dumps({"top1_error": 22.8, "top5_error": 6.6, "step": 600_000, "examples": 50_000})
+    )
     page = report(tmp_path, run)
     row = page.row(TABLE_3.title, "ResNet-50")
-    assert (row["ours top-1"], row["ours top-5"], row["difference"]) == ("22.80", "6.60", "-0.05")
+    assert (row["ours top-1"], row["ours top-5"], row["difference"]) == ("22.80", "6.60", "-0.05 / -0.11")
     assert page.row("Table 4: ImageNet validation, single models, fully convolutional at several scales", "ResNet-50")[
         "ours top-1"
     ] == MISSING  # fmt: skip
