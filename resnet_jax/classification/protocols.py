@@ -42,7 +42,7 @@ class Pass:
 
 
 def check_protocol(protocol: str, config: ml_collections.ConfigDict, streams: bool) -> None:
-    """Raises a UsageError where the data (which come in ``streams``, or do not) or the scales don't allow a protocol."""
+    """Raises a UsageError where the data (read in ``streams``, or not) or the scales don't allow a protocol."""
     size, scales = config.data.image_size, tuple(config.eval.scales)
     if protocol == CENTER:
         return
