@@ -9,6 +9,7 @@ from, 359 to test. All runs have the same network, schedule and seeds; only the 
 import argparse
 import json
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=500)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=pathlib.Path, help="folder that keeps each run's log")
     args = parser.parse_args()
     contenders = {
         "from the weights": [f"--config.init.weights={pathlib.Path(args.weights).absolute()}"],
@@ -52,7 +54,7 @@ def main() -> None:
         for name, settings in contenders.items():
             errors, training = [], []
             for seed in range(args.seeds):
-                run = folder / f"{name} {seed}".replace(" ", "_")
+                run = folder / f"{name} {seed}".replace(" ", "_").replace(",", "")
                 command = [
                     sys.executable, "-m", "resnet_jax.main", "--config=finetune_folder", f"--workdir={run}",
                     f"--config.model.name={args.model}", f"--config.data.dir={folder / 'digits'}",
@@ -65,6 +67,11 @@ def main() -> None:
                 summary = json.loads((run / "summary.json").read_text())
                 errors.append(summary["top1_error"])
                 training.append(summary["train_top1_error"])
+                if args.output:
+                    kept = args.output / run.name
+                    kept.mkdir(parents=True, exist_ok=True)
+                    for file in ("metrics.jsonl", "summary.json"):
+                        shutil.copy(run / file, kept)
             seeds = ", ".join(f"{error:.2f}" for error in errors)
             print(f"| {name} | {statistics.mean(errors):.2f} ({seeds}) | {statistics.mean(training):.2f} |", flush=True)
 

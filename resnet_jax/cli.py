@@ -67,8 +67,9 @@ def run(main: Callable[..., int | None], usage: str, needs: Sequence[str] = (), 
         except UsageError as error:
             _fail(error)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(130)  # JAX's threads may be at work, which an orderly end would pull the ground from under.
         except BrokenPipeError:  # Whoever read our output has seen enough.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             return 0

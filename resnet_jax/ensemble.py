@@ -6,6 +6,7 @@
 The runs must have been evaluated on the same examples; --evaluate evaluates those that were not.
 """
 
+import collections
 import contextlib
 import json
 import pathlib
@@ -18,7 +19,9 @@ from resnet_jax.errors import UsageError
 from resnet_jax.output import write_whole
 
 flags.DEFINE_list("runs", None, "Work directories, or .npz files of predictions, separated by commas.")
-flags.DEFINE_string("protocol", "center", "Whose predictions: of center, ten_crop or multi_scale.")
+flags.DEFINE_enum(
+    "protocol", "center", ["center", "ten_crop", "multi_scale", "calibrated"], "Which evaluation's predictions."
+)
 flags.DEFINE_bool("evaluate", False, "Evaluate the runs that have no such predictions first.")
 flags.DEFINE_float(
     "select", 0.0, "Choose members on this share of the examples and judge them on the rest; 0: take all."
@@ -44,19 +47,21 @@ def main(overrides: list[tuple[str, str]]) -> int:
     import numpy as np
 
     from resnet_jax.classification import ensemble
+    from resnet_jax.paper.runs import seeds_of
 
-    files = [ensemble.predictions_file(run, FLAGS.protocol) for run in FLAGS.runs]
-    if FLAGS.evaluate:
+    runs = [str(found) for run in FLAGS.runs for found in ([run] if run.endswith(".npz") else seeds_of(run))]
+    files = [ensemble.predictions_file(run, FLAGS.protocol) for run in runs]
+    if FLAGS.evaluate and FLAGS.protocol != "calibrated":
         from resnet_jax.run import evaluate_run
 
-        missing = [run for run, file in zip(FLAGS.runs, files, strict=True) if not file.is_file()]
+        missing = [run for run, file in zip(runs, files, strict=True) if not file.is_file()]
         with contextlib.redirect_stdout(sys.stderr):  # Whoever reads --json wants nothing else.
             for run in missing:
                 status = 0 if run.endswith(".npz") else evaluate_run(pathlib.Path(run).expanduser(), FLAGS.protocol)
                 if status:
                     return status
     members = [ensemble.read_predictions(file) for file in files]
-    ensemble.check_same_examples(FLAGS.runs, members)
+    ensemble.check_same_examples(runs, members)
 
     seen = ensemble.hold_out(len(members[0]["index"]), FLAGS.select)
     if FLAGS.select and not 0 < seen.sum() < len(seen):
@@ -67,8 +72,8 @@ def main(overrides: list[tuple[str, str]]) -> int:
     if FLAGS.select:
         taken = ensemble.select_greedily(members, seen)
     together = ensemble.combine([members[i] for i in taken])
-    rows = [(run, ensemble.errors(member, judged)) for run, member in zip(FLAGS.runs, members, strict=True)]
-    chosen = [FLAGS.runs[i] for i in taken]
+    rows = [(run, ensemble.errors(member, judged)) for run, member in zip(runs, members, strict=True)]
+    chosen = [runs[i] for i in taken]
     rows.append((f"ensemble of {len(chosen)}", ensemble.errors(together, judged)))
     if FLAGS.json:
         print(json.dumps({"members": dict(rows[:-1]), "chosen": chosen, "ensemble": rows[-1][1]}))
@@ -78,9 +83,11 @@ def main(overrides: list[tuple[str, str]]) -> int:
             print(f"{name:{width}}  top1 error {found['top1_error']:6.2f}%  top5 error {found['top5_error']:6.2f}%"
                   f"  loss {found['loss']:.4f}  {found['examples']} examples")  # fmt: skip
         if FLAGS.select:
-            print(f"chosen on the other {seen.sum()} examples: {', '.join(chosen)}")
+            counts = ", ".join(f"{count} x {run}" for run, count in collections.Counter(chosen).items())
+            print(f"chosen on the other {seen.sum()} examples: {counts}")
     if output:
         write_whole(output, lambda file: np.savez(file, **together))
+        print(f"wrote {output}", file=sys.stderr)
     return 0
 
 

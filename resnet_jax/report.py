@@ -13,6 +13,7 @@ from absl import flags
 
 from resnet_jax import cli
 from resnet_jax.errors import UsageError
+from resnet_jax.output import check_folder
 
 flags.DEFINE_list("runs", None, "Work directories, separated by commas.")
 flags.DEFINE_string("output", None, "The folder to write.")
@@ -33,6 +34,7 @@ def main(overrides: list[tuple[str, str]]) -> int:
     from resnet_jax.paper.report import write_report
     from resnet_jax.paper.runs import find_runs, read_run
 
+    check_folder("--output", FLAGS.output, pathlib.Path(FLAGS.output).expanduser())
     for kind in FLAGS.analyze:
         if kind not in KINDS:
             raise UsageError(f"--analyze={kind} is unknown: {', '.join(KINDS)}")

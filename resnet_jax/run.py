@@ -59,9 +59,9 @@ def run_classification(
     check_writable(workdir)
     if mode != "train" and done is None:
         if not config.init.weights:
-            raise UsageError(
-                f"--mode={mode}: {workdir} has no checkpoint; train it first, or set --config.init.weights"
-            )
+            seeds = ",".join(sorted(path.name.removeprefix("seed_") for path in workdir.glob("seed_*")))
+            way = f"its seeds have: add --seeds={seeds}" if seeds else "train it first, or set --config.init.weights"
+            raise UsageError(f"--mode={mode}: {workdir} has no checkpoint; {way}")
         if config.init.head == "replace":
             raise UsageError(f"--mode={mode}: a new head knows nothing; --config.init.head=keep evaluates the weights'")
     if config.model.dtype == "float64":

@@ -23,7 +23,7 @@ def predictions_file(run: str, protocol: str) -> pathlib.Path:
     if path.suffix == ".npz":
         return path
     if not path.is_dir():
-        raise UsageError(f"{run}: no such folder")
+        raise UsageError(f"{run}: {'neither a work directory nor a .npz' if path.exists() else 'no such folder'}")
     if not (path / "config.json").is_file():
         raise UsageError(f"{run}: no work directory of a run (no config.json in it)")
     return path / "predictions.npz" if protocol == "center" else path / "eval" / protocol / "predictions.npz"
@@ -36,12 +36,12 @@ def read_predictions(file: pathlib.Path) -> Scores:
       UsageError: it is not there, or damaged.
     """
     if not file.is_file():
-        raise UsageError(
-            f"{file}: not there, since this run was never evaluated so; --mode=eval does it, or --evaluate"
-        )
+        way = "--mode=calibrate does it" if "calibrated" in file.parent.name else "--mode=eval does it, or --evaluate"
+        raise UsageError(f"{file}: not there, since this run was never evaluated so; {way}")
     try:
         with np.load(file, allow_pickle=False) as stored:
             found = {name: stored[name] for name in _ARRAYS}
+            test_set = stored["test_set"] if "test_set" in stored else np.array("")  # Of an older version.
     except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise UsageError(f"{file}: no whole file of predictions ({error})") from error
     wrong = _what_is_wrong(found)
@@ -49,7 +49,7 @@ def read_predictions(file: pathlib.Path) -> Scores:
         shapes = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in found.items())
         raise UsageError(f"{file}: no file of predictions: {wrong} ({shapes})")
     order = np.argsort(found["index"], kind="stable")
-    return {name: array[order] for name, array in found.items()}
+    return {name: array[order] for name, array in found.items()} | {"test_set": test_set}
 
 
 def _what_is_wrong(found: Scores) -> str | None:
@@ -75,6 +75,9 @@ def check_same_examples(names: Sequence[str], members: Sequence[Scores]) -> None
         if len(member["index"]) != len(first["index"]):
             raise UsageError(f"{name} was evaluated on {len(member['index'])} examples, {names[0]} on"
                              f" {len(first['index'])}: not the same test set")  # fmt: skip
+        (kind, _, mine), (other, _, theirs) = (str(one.get("test_set", "")).partition(":") for one in (member, first))
+        if kind == other and mine != theirs:
+            raise UsageError(f"{name} and {names[0]} were not evaluated on the same test set: its images are others")
         for what in ("index", "label"):
             if not np.array_equal(member[what], first[what]):
                 at = int(np.flatnonzero(member[what] != first[what])[0])

@@ -182,7 +182,8 @@ class Classification:
             "loss": float(np.mean(found["loss"], dtype=np.float64)),
             "examples": len(found["index"]),
         }
-        return Evaluation(metrics, {name: found[name] for name in ("index", "label", "probabilities")})
+        predictions = {name: found[name] for name in ("index", "label", "probabilities")}
+        return Evaluation(metrics, predictions | {"test_set": np.array(feed.identity())})
 
     def single_view(self, step: Callable[..., Any], split: str, index: np.ndarray | None = None) -> protocols.Pass:
         """One look at every example of a split (of ``index``, where given), as evaluation sees it."""

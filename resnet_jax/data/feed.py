@@ -1,6 +1,7 @@
 """Where a task's batches come from: arrays that lie on the devices, or files that are read as training goes."""
 
 from collections.abc import Callable, Iterator
+import hashlib
 from typing import Protocol
 
 import jax
@@ -50,6 +51,9 @@ class Feed(Protocol):
     inputs: tuple[str, ...]
     broken: dict[str, str]
 
+    def identity(self) -> str:
+        """Tells test sets apart: strings that begin alike, before the colon, and end otherwise are of two."""
+
     def training(self, seed: int, batch: int, first: int, end: int) -> Iterator[Batch]:
         """This process's part of the batches ``first`` to ``end`` - 1: ``index`` and ``epoch``, int32 [n], and
         ``images``, uint8 [n, H, W, C], and ``labels`` where they are not resident.
@@ -71,7 +75,10 @@ class ResidentFeed:
         arrays = {"images": images.images, "labels": images.labels} | statistics
         self.resident = distributed.replicate(mesh, arrays)
         self.broken: dict[str, str] = {}
-        self._labels = images.labels
+        self._images, self._labels = images.images, images.labels
+
+    def identity(self) -> str:
+        return f"pixels {self.image_shape}:{hashlib.sha256(np.ascontiguousarray(self._images)).hexdigest()}"
 
     def training(self, seed: int, batch: int, first: int, end: int) -> Iterator[Batch]:
         order = Order(seed, self.examples)
@@ -119,6 +126,10 @@ class StreamFeed:
         rows = Rows(batch, jax.process_index(), jax.process_count())
         reader = self._reader(views, EvaluationPlan(index, rows), 0, "mask")
         return self._batches(reader, 0, -(-len(index) // batch), "images", "labels", "index", "valid")
+
+    def identity(self) -> str:
+        names = (self.where(i).replace("\\", "/").split("/")[-2:] for i in range(self.examples))
+        return f"files:{hashlib.sha256(repr(list(names)).encode()).hexdigest()}"
 
     def where(self, i: int) -> str:
         """The file of an example."""

@@ -1,6 +1,6 @@
 """The paper's figures of our runs, as SVG that takes its colours for text from the page around it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import html
 import io
 import re
@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 import numpy as np
 
 from resnet_jax.paper.runs import Run
@@ -27,6 +28,7 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.2,
     "grid.color": _INK,
     "legend.frameon": False,
@@ -59,12 +61,12 @@ def draw(paint: Callable[[Sequence[Any]], None], panels: int = 1, label: str = "
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', lambda match: match[1] + spoken, svg, count=1)
 
 
-def training_curves(runs: Sequence[Run]) -> str:
+def training_curves(runs: Sequence[Run], colours: Mapping[str, str]) -> str:
     """Figures 1, 4 and 6: errors by iteration, thin lines of training, bold ones of the test set."""
 
     def paint(axes: Sequence[Any]) -> None:
-        for number, run in enumerate(runs):
-            colour = f"C{number % 6}"
+        for run in runs:
+            colour = colours[run.name]
             for metric, width in (("train", 0.8), ("test", 2.4), ("holdout", 2.4)):
                 name = f"{metric}_top1_error"
                 points = [(line["step"], line[name]) for line in run.metrics if name in line]
@@ -77,14 +79,14 @@ def training_curves(runs: Sequence[Run]) -> str:
     return draw(paint, label=f"Training and test error by iteration of {', '.join(run.name for run in runs)}")
 
 
-def responses(runs: Sequence[Run]) -> str:
+def responses(runs: Sequence[Run], colours: Mapping[str, str]) -> str:
     """Figure 7: deviations of layer responses, in the layers' order and by size."""
 
     def paint(axes: Sequence[Any]) -> None:
-        for number, run in enumerate(runs):
+        for run in runs:
             values = np.array(run.analysis["responses"]["deviations"])
             for axis, shown in zip(axes, (values, np.sort(values)[::-1]), strict=True):
-                axis.plot(np.arange(1, len(shown) + 1), shown, color=f"C{number % 6}", linewidth=1.6, label=run.name)
+                axis.plot(np.arange(1, len(shown) + 1), shown, color=colours[run.name], linewidth=1.6, label=run.name)
         for axis, order in zip(axes, ("in order", "by size"), strict=True):
             axis.set(xlabel=f"3x3 layer, {order}", ylabel="standard deviation", ylim=(0, None))
         axes[0].legend()
@@ -92,29 +94,32 @@ def responses(runs: Sequence[Run]) -> str:
     return draw(paint, panels=2, label=f"Layer responses of {', '.join(run.name for run in runs)}")
 
 
-def removal(runs: Sequence[Run]) -> str:
+def removal(runs: Sequence[Run], colours: Mapping[str, str]) -> str:
     """The error without one block, block by block, with the whole network's as a line."""
 
     def paint(axes: Sequence[Any]) -> None:
-        for number, (axis, run) in enumerate(zip(axes, runs, strict=True)):
+        for axis, run in zip(axes, runs, strict=True):
             found = run.analysis["removal"]
-            axis.bar(np.arange(1, len(found["blocks"]) + 1), found["top1_errors"], color=f"C{number % 6}", width=0.7)
+            axis.bar(np.arange(1, len(found["blocks"]) + 1), found["top1_errors"], color=colours[run.name], width=0.7)
             axis.axhline(found["whole"], color=_INK, linewidth=1, linestyle="--")
             axis.set(title=run.name, xlabel="block left out", ylabel="error, %", ylim=(0, 100))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return draw(paint, panels=len(runs), label="Error without one block, block by block")
 
 
-def landscape(runs: Sequence[Run]) -> str:
+def landscape(runs: Sequence[Run], colours: Mapping[str, str]) -> str:
     """The loss along random filter-normalised directions."""
 
     def paint(axes: Sequence[Any]) -> None:
-        for number, run in enumerate(runs):
+        for run in runs:
             found = run.analysis["landscape"]
             for line, losses in enumerate(found["losses"]):
                 label = run.name if line == 0 else None
-                axes[0].plot(found["distances"], losses, color=f"C{number % 6}", linewidth=1.4, label=label)
-        axes[0].set(xlabel="distance, in lengths of each filter", ylabel="loss", yscale="log")
+                axes[0].plot(found["distances"], losses, color=colours[run.name], linewidth=1.4, label=label)
+        losses = [loss for run in runs for line in run.analysis["landscape"]["losses"] for loss in line]
+        wide = max(losses) > 20 * min(losses)
+        axes[0].set(xlabel="distance, in lengths of each filter", ylabel="loss", yscale="log" if wide else "linear")
         axes[0].legend()
 
     return draw(paint, label="Loss along random directions in the space of weights")

@@ -172,7 +172,18 @@ def _errors(run: Run, table: Table) -> str:
 
 
 def _runs(runs: Sequence[Run]) -> Shown:
-    head = ("run", "network", "data", "steps", "seed", "train error", "test error", "protocols", "images/s", "minutes")
+    head = (
+        "run",
+        "network",
+        "data",
+        "steps",
+        "seed",
+        "train error",
+        "test error",
+        "by protocol",
+        "images/s",
+        "minutes",
+    )
     rows = []
     for run in runs:
         found = run.summary
@@ -184,7 +195,7 @@ def _runs(runs: Sequence[Run]) -> Shown:
             NONE if run.imported else str(run.config["seed"]),
             _number(found.get("train_top1_error")),
             _number(found.get("top1_error")),
-            ", ".join(run.summaries),
+            ", ".join(f"{name} {summary['top1_error']:.2f}" for name, summary in run.summaries.items()),
             _number(found.get("images_per_second"), 0),
             _number(found["seconds"] / 60 if found.get("seconds") else None, 1),
         ))  # fmt: skip
@@ -236,12 +247,14 @@ def _sizes() -> Shown:
 def _figures(runs: Sequence[Run]) -> list[Figure]:
     """Whatever the runs have the data for."""
     curves = [run for run in runs if sum("train_top1_error" in line for line in run.metrics) > 1]
+    # A run has one colour throughout.
+    colours = {run.name: f"C{number % 6}" for number, run in enumerate(runs)}
     drawn = []
     for data in dict.fromkeys(run.data for run in curves):
         chosen = [run for run in curves if run.data == data]
         text = "Thin lines are training errors, bold ones the test set's."
         title = {"cifar10": "CIFAR-10", "imagenet": "ImageNet"}.get(data, "other data")
-        drawn.append(Figure(f"Training on {title} (figures 1, 4, 6)", figures.training_curves(chosen), text))
+        drawn.append(Figure(f"Training on {title} (figures 1, 4, 6)", figures.training_curves(chosen, colours), text))
     for kind, title, paint, text in (
         ("responses", "Layer responses (figure 7)", figures.responses,
          "Deviations of the 3x3 layers' outputs over the test set, after BN and before the ReLU or the addition."),
@@ -255,6 +268,8 @@ def _figures(runs: Sequence[Run]) -> list[Figure]:
             means = [f"{run.name} {statistics.fmean(run.analysis[kind]['deviations']):.3f}" for run in chosen
                      if kind == "responses"]  # fmt: skip
             said = f"{text} Means: {', '.join(means)}." if means else text
+            counts = sorted({run.analysis[kind]["examples"] for run in chosen if "examples" in run.analysis[kind]})
+            said += f" Of {' or '.join(map(str, counts))} test images, drawn at random." if counts else ""
             wide = kind == "responses" or (kind == "removal" and len(chosen) > 1)
-            drawn.append(Figure(title, paint(chosen), said, wide))
+            drawn.append(Figure(title, paint(chosen, colours), said, wide))
     return drawn

@@ -68,6 +68,15 @@ class Run:
         return self.summaries.get("center", {})
 
 
+def seeds_of(name: str) -> list[pathlib.Path]:
+    """The runs in a folder that ``main --seeds`` made; any other path alone."""
+    folder = pathlib.Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return [folder]
+    below = sorted(folder.glob("seed_*"), key=lambda path: (len(path.name), path.name))
+    return [path for path in below if (path / "config.json").is_file()] or [folder]
+
+
 def find_runs(folders: Sequence[str]) -> list[pathlib.Path]:
     """The work directories that are meant; of a folder of several seeds, each seed's.
 
@@ -79,9 +88,8 @@ def find_runs(folders: Sequence[str]) -> list[pathlib.Path]:
         folder = pathlib.Path(name).expanduser()
         if not folder.is_dir():
             raise UsageError(f"--runs={name}: no such folder")
-        below = sorted(folder.glob("seed_*"), key=lambda path: (len(path.name), path.name))
-        runs = [folder] if (folder / "config.json").is_file() else [p for p in below if (p / "config.json").is_file()]
-        if not runs:
+        runs = seeds_of(name)
+        if not (runs[0] / "config.json").is_file():
             raise UsageError(f"--runs={name}: no work directory of a run (no config.json in it)")
         found += runs
     return list({folder.resolve(): folder for folder in found}.values())

@@ -16,7 +16,7 @@ class Evaluation:
 
     Attributes:
       metrics: plain numbers; errors in %, ``examples`` the count.
-      predictions: arrays that go to ``predictions.npz``, the first axis over examples.
+      predictions: arrays that go to ``predictions.npz``, the first axis over examples; and which ``test_set`` it was.
     """
 
     metrics: dict[str, float]
