@@ -405,3 +405,17 @@ def test_the_program_itself_ends_with_its_line_and_status(tmp_path):
     result = run([*module, "--runs=a.npz", "--json"])
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["ensemble"]["top1_error"] == 50
+
+
+def test_other_images_of_the_same_number_and_labels_are_another_test_set(tmp_path):
+    scores = {"index": np.arange(3), "label": np.array([0, 1, 1]), "probabilities": np.full((3, 2), 0.5, np.float32)}
+    names = {"a": "files:1", "b": "files:2", "c": "pixels (8, 8, 3):2", "d": None}
+    files = {}
+    for name, test_set in names.items():
+        known = {} if test_set is None else {"test_set": np.array(test_set)}
+        np.savez(tmp_path / f"{name}.npz", **scores, **known)
+        files[name] = ensemble.read_predictions(tmp_path / f"{name}.npz")
+    with pytest.raises(UsageError, match="b and a were not evaluated on the same test set: its images are others"):
+        ensemble.check_same_examples(["a", "b"], [files["a"], files["b"]])
+    # Of another kind, or an older version's, nothing can be said.
+    ensemble.check_same_examples(["a", "c", "d"], [files[name] for name in "acd"])
