@@ -86,7 +86,7 @@ def read_pretrained(path: pathlib.Path, model: str | None) -> tuple[str, Pretrai
         some = ", ".join(sorted(arrays)[:3]) or "none at all"
         titles = ", ".join(dict.fromkeys(row.title for row in FORMATS))
         raise UsageError(f"{path}: names of no known format ({some}, ...); known are {titles}")
-    timm = preprocessing_lib.beside(path) if known.preprocessing is None else None
+    timm = None if known.bgr else preprocessing_lib.beside(path)
     model = model or (timm.model if timm else _only_model(arrays, known))
     if not model:
         raise UsageError(f"{path}: does not say which network it is of: --model=NAME is needed")
@@ -94,7 +94,7 @@ def read_pretrained(path: pathlib.Path, model: str | None) -> tuple[str, Pretrai
         raise UsageError(f"{path}: holds {timm.model} (says config.json beside it), not {model}")
     settings = _settings(path, arrays, known, model)
     variables = fit(path, arrays, known, model, settings)
-    preprocessing = known.preprocessing or (timm.preprocessing if timm else None)
+    preprocessing = timm.preprocessing if timm else known.preprocessing
     if preprocessing is None:
         preprocessing = preprocessing_lib.usual(default_input(model)[0])
         if preprocessing == preprocessing_lib.CIFAR:  # Of ImageNet's networks nearly all agree.
