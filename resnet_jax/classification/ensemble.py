@@ -9,6 +9,7 @@ import numpy as np
 
 from resnet_jax.classification.scores import Scores, judge
 from resnet_jax.errors import UsageError
+from resnet_jax.training.workdir import results_folder
 
 _ARRAYS = {"index": 1, "label": 1, "probabilities": 2}  # Name -> axes.
 
@@ -26,7 +27,7 @@ def predictions_file(run: str, protocol: str) -> pathlib.Path:
         raise UsageError(f"{run}: {'neither a work directory nor a .npz' if path.exists() else 'no such folder'}")
     if not (path / "config.json").is_file():
         raise UsageError(f"{run}: no work directory of a run (no config.json in it)")
-    return path / "predictions.npz" if protocol == "center" else path / "eval" / protocol / "predictions.npz"
+    return results_folder(path, protocol) / "predictions.npz"
 
 
 def read_predictions(file: pathlib.Path) -> Scores:

@@ -240,6 +240,6 @@ def _wordnet_ids(meta: bytes) -> dict[int, str]:
 
     try:
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
-    except (MatReadError, NotImplementedError, zlib.error) as error:
+    except (MatReadError, NotImplementedError, zlib.error) as error:  # The second is scipy's word for newer formats.
         raise ValueError(f"{_META}: {error}") from error
     return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}

@@ -9,9 +9,9 @@ from typing import Any
 from resnet_jax.classification.predict import imagenet_names
 from resnet_jax.config import restore_config
 from resnet_jax.errors import UsageError
+from resnet_jax.pretrained.formats import CIFAR10
 from resnet_jax.training.workdir import DATA, read_json
 
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ANALYSIS = "analysis.json"
 # What is in it, by kind.
 _FIELDS = {
@@ -126,4 +126,4 @@ def read_run(folder: pathlib.Path) -> Run:
 
 def _data_of(folder: pathlib.Path) -> str:
     classes = tuple((read_json(folder / DATA) or {}).get("classes", ()))
-    return "cifar10" if classes == _CIFAR10 else "imagenet" if set(classes) == set(imagenet_names()) else "other"
+    return "cifar10" if classes == CIFAR10 else "imagenet" if set(classes) == set(imagenet_names()) else "other"

@@ -161,7 +161,7 @@ _KERAS: Rows = {
     "head": lambda: "predictions",
 }
 
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _BGR_MEAN = (103.939, 116.779, 123.68)
 # The deviation is free, since the first convolution is scaled by it: the usual one keeps its weights of usual size.
 _MSRA_INPUT = Preprocessing(tuple(value / 255 for value in _BGR_MEAN[::-1]), IMAGENET_STD)
@@ -178,7 +178,7 @@ _TORCH_BLOCK = r"layer1\.\d+\.(conv|bn)\d\."
 
 AKAMASTER = Format("akamaster's CIFAR ResNets", (_TORCH_BLOCK, r"linear\."),
                    _RESNET | {"head": lambda: "linear"}, settings={"shortcut_zeros": "both"}, preprocessing=CIFAR,
-                   classes=_CIFAR10)  # fmt: skip
+                   classes=CIFAR10)  # fmt: skip
 TORCHVISION = Format("torchvision's and timm's ResNets", (_TORCH_BLOCK,), _RESNET)
 VGG_BN = Format("torchvision's VGG-16 with BN", (r"features\.1\.running_mean", r"classifier\."),
                 _vgg(True, lambda n: f"classifier.{(n - 6) * 3}", "classifier.6"), model="vgg16_bn")  # fmt: skip

@@ -16,9 +16,10 @@ import numpy as np
 from resnet_jax import distributed
 from resnet_jax.errors import UsageError
 from resnet_jax.training.checkpoints import Checkpoints
-from resnet_jax.training.metrics import Console, MetricsWriter, write_json
+from resnet_jax.training.metrics import Console, MetricsWriter
 from resnet_jax.training.prefetch import Prefetch
 from resnet_jax.training.record import Diverged, Record, Window
+from resnet_jax.training.results import describe, write_results
 from resnet_jax.training.signals import Stopped, StopSignal
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Evaluation, Task
@@ -135,7 +136,7 @@ class Training:
         summary = read_json(self._workdir / "summary.json")
         ended = step >= self._task.total_steps or stopped
         if ended and summary and summary.get("step") == step:
-            self._console.line(f"{self._workdir} is finished: step {step}, {_describe(summary)}")
+            self._console.line(f"{self._workdir} is finished: step {step}, {describe(summary)}")
             return True
         if step:
             self._console.line(f"resuming from step {step}")
@@ -285,7 +286,7 @@ class Training:
         evaluation = self._last = self._task.evaluate(state, self._task.validation, poll)
         error = evaluation.metrics[self._task.objective]
         self._writer.write(step, {f"{self._task.validation}_{name}": v for name, v in evaluation.metrics.items()})
-        self._console.line(f"step {step}  {self._task.validation}: {_describe(evaluation.metrics)}")
+        self._console.line(f"step {step}  {self._task.validation}: {describe(evaluation.metrics)}")
         record.evaluated = step
         improved = record.best is None or error < record.best
         record.stale = 0 if improved else record.stale + 1
@@ -334,18 +335,6 @@ class Training:
     def _report(self, summary: dict[str, Any], evaluation: Evaluation, protocol: str, name: str | None = None) -> None:
         """Writes ``predictions.npz`` and ``summary.json``, and says where they are."""
         folder = results_folder(self._workdir, name or "", protocol)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / ".predictions.npz.partial"
-        with partial.open("wb") as file:
-            np.savez(file, **evaluation.predictions)
-        partial.rename(folder / "predictions.npz")
-        write_json(folder / "summary.json", summary | {"protocol": protocol} | evaluation.metrics)
+        write_results(folder, summary | {"protocol": protocol}, evaluation)
         what = "test" if folder == self._workdir else f"test, {folder.name}"
-        self._console.line(f"{what}: {_describe(evaluation.metrics)}; wrote {folder}/summary.json")
-
-
-def _describe(metrics: dict[str, float]) -> str:
-    """The figures a person looks for first."""
-    errors = [name for name in ("top1_error", "top5_error") if name in metrics]
-    shown = [f"{name.replace('_', ' ')} {metrics[name]:.2f}%" for name in errors]
-    return ", ".join([*shown, f"loss {metrics['loss']:.4f}", f"{metrics['examples']} examples"])
+        self._console.line(f"{what}: {describe(evaluation.metrics)}; wrote {folder}/summary.json")
