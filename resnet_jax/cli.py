@@ -5,6 +5,8 @@ import contextlib
 import os
 import re
 import sys
+import traceback
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -63,8 +65,12 @@ def run(main: Callable[..., int | None], usage: str, needs: Sequence[str] = (), 
             for name in needs:
                 if not flags.FLAGS[name].value:
                     raise UsageError(f"--{name} is needed; --help says more")
-            return (main(overrides, list(argv[1:])) if takes_arguments else main(overrides)) or 0
+            status = main(overrides, list(argv[1:])) if takes_arguments else main(overrides)
+            if _peers():
+                _peers().leave()
+            return status or 0
         except UsageError as error:
+            _tell_others(2, str(error))
             _fail(error)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
@@ -73,6 +79,9 @@ def run(main: Callable[..., int | None], usage: str, needs: Sequence[str] = (), 
         except BrokenPipeError:  # Whoever read our output has seen enough.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             return 0
+        except Exception as error:
+            _tell_others(1, f"{type(error).__name__}: {error}", perhaps_theirs=True)
+            raise
 
     _quiet()
     if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in sys.argv[1:]):
@@ -81,6 +90,28 @@ def run(main: Callable[..., int | None], usage: str, needs: Sequence[str] = (), 
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         sys.exit(0)
     app.run(body, flags_parser=parse)
+
+
+def _peers() -> Any:
+    """The processes of this run, where there are several."""
+    module = sys.modules.get("resnet_jax.peers")  # Importing it would start JAX.
+    return module and module.peers()
+
+
+def _tell_others(status: int, message: str, perhaps_theirs: bool = False) -> None:
+    """Ends the other processes of the run, where there are any, and this one, which an orderly end would keep waiting.
+
+    Args:
+      status: the exit status.
+      message: why.
+      perhaps_theirs: the reason may be that another was lost; then that is said.
+    """
+    peers = _peers()
+    if peers:
+        if perhaps_theirs:
+            peers.wait_for_verdict()
+            traceback.print_exc()
+        peers.fail(status, " ".join(message.split()))
 
 
 def _flag_help() -> str:

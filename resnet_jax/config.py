@@ -166,6 +166,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UsageError(f"the length of the training is epochs or steps; {both} set")
     if config.optimizer.nesterov and config.optimizer.momentum_style == "caffe":
         raise UsageError("optimizer.nesterov=true goes with optimizer.momentum_style=torch")
+    if config.optimizer.name == "lars" and config.optimizer.decay != "kernels":
+        raise UsageError("optimizer.name=lars adapts and decays kernels alone: set optimizer.decay=kernels")
     if config.eval.patience and not config.eval.every:
         raise UsageError("eval.patience counts evaluations: set eval.every")
     if config.schedule.name == "plateau" and not config.eval.every:
@@ -212,7 +214,7 @@ def recipe_changes(before: dict[str, Any], now: dict[str, Any], training: bool =
     For more training its length is one of them where the schedule ends with it, and ``eval.every`` where it looks at
     evaluations.
     """
-    follows_length = now["schedule.name"] in ("linear", "cosine") and not now["schedule.end_step"]
+    follows_length = now["schedule.name"] in ("linear", "cosine", "polynomial") and not now["schedule.end_step"]
     also = ("epochs", "steps") if follows_length else ("eval.every",) if now["schedule.name"] == "plateau" else ()
     recipe = [field for field in FIELDS if field.recipe or (training and field.name in also)]
     changes = []

@@ -104,7 +104,11 @@ FIELDS = (
     Field("steps", 0, "iterations", "Length of the training; this or epochs.", NOT_NEGATIVE, recipe=False),
     Field("seed", 0, "", "Seed of the initial weights, the order of the images and their augmentation.", SEED),
     Field("loss.label_smoothing", 0.0, "", "Share of the target spread over all classes (in training alone).", SHARE),
-    Field("optimizer.momentum", 0.9, "", "SGD's momentum.", SHARE),
+    Field("optimizer.name", "sgd", "", "sgd, or lars: SGD whose gradients are scaled, kernel by kernel, to the size of"
+          " the weights (for batches above some 8,192).", ("sgd", "lars")),
+    Field("optimizer.trust", 0.001, "", "lars: a kernel's gradient is scaled to this share of the kernel's norm.",
+          POSITIVE),
+    Field("optimizer.momentum", 0.9, "", "Share of the velocity that a step keeps.", SHARE),
     Field("optimizer.nesterov", False, "", "Nesterov's momentum."),
     Field("optimizer.momentum_style", "torch", "", "torch: rate times velocity; caffe: the rate inside the velocity"
           " (they differ only where the rate changes).", ("torch", "caffe")),
@@ -118,16 +122,18 @@ FIELDS = (
           " their place, from the first step on; 0: none.",
           SHARE),
     Field("optimizer.head_rate", 1.0, "", "The classifier's learning rate, times the others'.", POSITIVE),
-    Field("schedule.name", "steps", "", "constant, steps, linear, cosine or plateau.",
-          ("constant", "steps", "linear", "cosine", "plateau")),
+    Field("schedule.name", "steps", "", "constant, steps, linear, cosine, polynomial or plateau.",
+          ("constant", "steps", "linear", "cosine", "polynomial", "plateau")),
     Field("schedule.learning_rate", 0.1, "", "Learning rate after warm-up.", POSITIVE),
     Field("schedule.boundaries", (), "iterations", "steps: where the rate is multiplied by schedule.factor.",
           ITERATIONS),
     Field("schedule.factor", 0.1, "", "steps and plateau: the multiplier.", POSITIVE),
-    Field("schedule.end_rate", 0.0, "", "linear and cosine: the final rate, constant after schedule.end_step.",
-          NOT_NEGATIVE),
-    Field("schedule.end_step", 0, "iterations", "linear and cosine: where the final rate is reached; 0: at the end.",
-          NOT_NEGATIVE),
+    Field("schedule.power", 2.0, "", "polynomial: the exponent of what is left of the way from the end of the warm-up"
+          " to schedule.end_step.", POSITIVE),
+    Field("schedule.end_rate", 0.0, "", "linear, cosine and polynomial: the final rate, constant after"
+          " schedule.end_step.", NOT_NEGATIVE),
+    Field("schedule.end_step", 0, "iterations", "linear, cosine and polynomial: where the final rate is reached; 0: at"
+          " the end.", NOT_NEGATIVE),
     Field("schedule.patience", 3, "evaluations", "plateau: so many evaluations without a better error drop the rate.",
           POSITIVE),
     Field("schedule.threshold", 0.0, "% points", "plateau: what counts as better.", NOT_NEGATIVE),
@@ -152,7 +158,8 @@ FIELDS = (
     Field("checkpoint.minutes", 10.0, "minutes", "Save when so much time has passed; 0: by iterations alone (the"
           " end is saved anyway).",
           NOT_NEGATIVE, recipe=False),
-    Field("checkpoint.keep", 1, "", "How many of the latest checkpoints stay (the best one always does).",
+    Field("checkpoint.keep", 2, "", "How many of the latest checkpoints stay (the best one always does); with one alone"
+          " there is none to take where it is damaged.",
           POSITIVE, recipe=False),
     Field("log.every", 100, "iterations", "Write metrics so often. An accelerator runs the"
           " steps between two log lines at once.", POSITIVE, recipe=False),

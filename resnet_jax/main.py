@@ -29,6 +29,11 @@ flags.DEFINE_enum(
 flags.DEFINE_list(
     "seeds", None, "Several runs, one a seed (--seeds=0,1,2), each in its own folder seed_<N> of workdir."
 )
+flags.DEFINE_string("coordinator", None, "Several processes started by hand: HOST:PORT of process 0.")
+flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+flags.DEFINE_float("start_seconds", 300, "How long a process waits for the others at the start.", lower_bound=1)
+flags.DEFINE_float("peer_seconds", 60, "A process that is silent for so long ends the others.", lower_bound=5)
 FLAGS = flags.FLAGS
 
 
@@ -44,7 +49,10 @@ def main(overrides: list[tuple[str, str]]) -> int:
     if config.deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
 
-    from resnet_jax.run import run_classification, run_seeds  # JAX starts here, after its settings.
+    from resnet_jax import cluster  # JAX starts here, after its settings.
+
+    cluster.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.start_seconds, FLAGS.peer_seconds)
+    from resnet_jax.run import run_classification, run_seeds
 
     explicit = [name for name, _ in overrides]
     if FLAGS.seeds is None:

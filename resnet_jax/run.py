@@ -3,16 +3,18 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 import contextlib
 import dataclasses
+import hashlib
 import pathlib
 import statistics
 
 import jax
 import ml_collections
 
-from resnet_jax import distributed
+from resnet_jax import distributed, peers
 from resnet_jax.classification.task import Classification
 from resnet_jax.config import flatten, restore_config
 from resnet_jax.errors import UsageError
+from resnet_jax.fields import FIELDS
 from resnet_jax.locks import lock
 from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.save import save_safetensors
@@ -21,17 +23,26 @@ from resnet_jax.pretrained.start import starting_weights
 from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.loop import Training
 from resnet_jax.training.metrics import write_json
+from resnet_jax.training.signals import StopSignal
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.workdir import (
     CENTER,
     DATA,
     check_data,
     check_recipe,
+    check_shared,
     check_writable,
     open_workdir,
     read_json,
     results_folder,
 )
+
+
+def code_version() -> str:
+    """Tells versions of this package's code, and of JAX, apart."""
+    files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join([jax.__version__.encode(), *(file.read_bytes() for file in files)])).hexdigest()[:12]
+
 
 CALIBRATED = "calibrated.safetensors"
 
@@ -51,7 +62,17 @@ def run_classification(
     Raises:
       UsageError: before anything is written, where config, data, devices and work directory don't fit.
     """
-    workdir = workdir.absolute()
+    with StopSignal() as stop:
+        return _run(config, workdir.absolute(), mode, explicit, stop)
+
+
+def _run(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, mode: str, explicit: Collection[str], stop: StopSignal
+) -> int:
+    if peers.peers():
+        own = {field.name for field in FIELDS if field.unit == "path" and not field.recipe}  # As disks are mounted.
+        shared = {name: value for name, value in flatten(config).items() if name not in own}
+        peers.peers().agree(f"config {config.seed}", {"mode": mode, "code": code_version()} | shared)
     done = latest_step(workdir)
     only_evaluated = done is None and (workdir / "summary.json").is_file() and not (workdir / "metrics.jsonl").exists()
     if not only_evaluated:  # There nothing is lost by another recipe.
@@ -75,11 +96,13 @@ def run_classification(
             check_data(workdir, task.description, training=train)
         if train and (done or 0) > task.total_steps:
             raise UsageError(f"--workdir={workdir} is at step {done} already, beyond the {task.total_steps} asked for")
-        if train or done is None:  # Another command's settings are not the run's.
-            open_workdir(workdir, flatten(config), task.description | {"explicit": sorted(explicit)})
+        if peers.peers():
+            peers.peers().agree(f"data {config.seed}", task.fingerprint())
 
         def calibrate(state: TrainState, poll: Callable[[], None]) -> TrainState:
             state = task.calibrated(state, poll)
+            if not distributed.leads():
+                return state
             found = Pretrained.of_run(task.description, jax.device_get(state.variables))
             found = dataclasses.replace(found, history={"source": f"{workdir.name}, calibrated (a run of ours)"})
             save_safetensors(workdir / CALIBRATED, config.model.name, found)
@@ -87,9 +110,13 @@ def run_classification(
             return state
 
         with contextlib.ExitStack() as stack:
-            if train or done is None:
+            writes = train or done is None  # Another command's settings are not the run's.
+            if writes and distributed.leads():
+                open_workdir(workdir, flatten(config), task.description | {"explicit": sorted(explicit)})
                 stack.enter_context(lock(workdir / ".lock", f"--workdir={workdir}: another process is training there"))
-            training = Training(task, config, workdir, mesh, write=train or done is None)
+            if writes:
+                check_shared(workdir)
+            training = Training(task, config, workdir, mesh, write=writes, stop=stop)
             if train:
                 return training.run()
             return training.evaluate_only(*((calibrate, "calibrated") if mode == "calibrate" else ()))
@@ -116,6 +143,8 @@ def run_seeds(
         results = results_folder(workdir / f"seed_{seed}", name, protocol)
         errors[str(seed)] = read_json(results / "summary.json")["top1_error"]
     found = {"top1_error": errors, **spread(list(errors.values()))}
+    if not distributed.leads():
+        return 0
     where = workdir / ("seeds.json" if results.name.startswith("seed_") else f"seeds_{results.name}.json")
     write_json(where, found)
     deviation = "" if found["std"] is None else f" +- {found['std']:.2f}"

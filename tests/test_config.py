@@ -320,8 +320,10 @@ def test_the_defaults_with_a_length_are_valid():
         ("data.mean", "image", "data.mean=image is unknown: pixel, channel, imagenet, none"),
         ("data.std", "pixel", "data.std=pixel is unknown: channel, imagenet, none"),
         ("optimizer.momentum_style", "Torch", "optimizer.momentum_style=Torch is unknown: torch, caffe"),
+        ("optimizer.name", "adam", "optimizer.name=adam is unknown: sgd, lars"),
+        ("optimizer.trust", 0.0, "optimizer.trust=0.0 must be positive"),
         ("optimizer.decay", "none", "optimizer.decay=none is unknown: all, kernels"),
-        ("schedule.name", "exp", "schedule.name=exp is unknown: constant, steps, linear, cosine, plateau"),
+        ("schedule.name", "exp", "schedule.name=exp is unknown: constant, steps, linear, cosine, polynomial, plateau"),
         ("batch_size", 0, "batch_size=0 must be positive"),
         ("batch_size", -128, "batch_size=-128 must be positive"),
         ("eval.batch_size", 0, "eval.batch_size=0 must be positive"),
@@ -405,6 +407,13 @@ def test_nesterov_goes_only_with_torchs_momentum():
     validate(valid(**{"optimizer.nesterov": True}))
 
 
+def test_lars_decays_kernels_alone():
+    with pytest.raises(UsageError, match=r"optimizer\.name=lars .*set optimizer\.decay=kernels"):
+        validate(valid(**{"optimizer.name": "lars"}))
+    for style in ("torch", "caffe"):
+        validate(valid(**{"optimizer.name": "lars", "optimizer.decay": "kernels", "optimizer.momentum_style": style}))
+
+
 def test_a_config_survives_json():
     config = load_config("cifar_20")
     stored = json.loads(json.dumps(flatten(config)))
@@ -430,7 +439,7 @@ def test_a_run_may_go_on_longer_elsewhere_and_be_logged_otherwise():
     assert recipe_changes(flatten(valid()), flatten(valid(**free))) == []
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "polynomial"])
 def test_the_length_is_part_of_the_recipe_where_the_rate_ends_with_it(name):
     def changes(end_step: int) -> list[str]:
         run = {"schedule.name": name, "schedule.end_step": end_step}

@@ -19,6 +19,7 @@ ENTRY_POINTS = {
     "resnet_jax.convert": ("--model", "--weights", "--output"),
     "resnet_jax.ensemble": ("--runs", "--protocol", "--evaluate", "--select", "--output", "--json"),
     "resnet_jax.report": ("--runs", "--output", "--analyze"),
+    "resnet_jax.plan": ("--config", "--topology", "--batch_per_chip", "--price", "--scaling", "--json"),
     "resnet_jax.predict": ("--workdir", "--weights", "--model", "--json", "--features", "--heatmap"),
     "resnet_jax.prepare": ("--source", "--data_dir", "--output", "--workers", "--on_error"),
     "resnet_jax.summary": ("--models", "--image_size"),

@@ -22,7 +22,12 @@ PODS = [f"imagenet_{depth}_pod" for depth in (18, 34, 50, 101, 152)]
 
 
 def test_every_imagenet_config_is_looked_at_here():
-    assert {name for name in shipped_configs() if name.startswith("imagenet")} == {*NETWORKS, *PODS, "imagenet_vgg_16"}
+    assert {name for name in shipped_configs() if name.startswith("imagenet")} == {
+        *NETWORKS,
+        *PODS,
+        "imagenet_50_lars",
+        "imagenet_vgg_16",
+    }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -81,3 +86,22 @@ def test_vgg_16_has_the_recipe_of_its_own_paper():
     assert (config.batch_size, config.steps, config.optimizer.weight_decay) == (256, 370_000, 5e-4)
     assert (config.schedule.name, config.schedule.learning_rate) == ("plateau", 0.01)
     assert config.data.scales == (256, 512)
+
+
+def test_lars_has_the_values_of_mlperfs_reference_convergence_points():
+    config = load_config("imagenet_50_lars")
+    validate(config)
+    assert create_model(config.model.name).stride_in == "middle"
+    optimizer, schedule, epoch = config.optimizer, config.schedule, 1_281_167 / config.batch_size
+    assert (config.batch_size, config.steps, config.model.batch_norm) == (32_768, 2_267, "group:128")
+    assert (optimizer.name, optimizer.trust, optimizer.momentum, optimizer.weight_decay, optimizer.decay) == (
+        "lars",
+        0.001,
+        0.94,
+        2.5e-5,
+        "kernels",
+    )
+    assert (schedule.name, schedule.power, schedule.learning_rate, schedule.end_rate) == ("polynomial", 2, 21.2, 1e-4)
+    assert schedule.warmup_steps == pytest.approx(16 * epoch, abs=1)
+    assert config.steps == pytest.approx(58 * epoch, abs=1)
+    assert (optimizer.momentum_style, optimizer.nesterov, config.loss.label_smoothing) == ("caffe", False, 0.1)

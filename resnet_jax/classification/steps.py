@@ -10,6 +10,7 @@ import ml_collections
 import optax
 
 from resnet_jax.data import augment
+from resnet_jax.distributed import platform
 from resnet_jax.training import schedules
 from resnet_jax.training.state import TrainState
 
@@ -90,6 +91,7 @@ def make_train_step(
     schedule = schedules.make_schedule(config.schedule, total_steps)
     parts = config.optimizer.accumulate
     dropout = getattr(model, "dropout", 0.0)
+    unroll = platform() == "cpu"  # XLA:CPU runs convolutions many times slower inside a loop.
 
     def step(state: TrainState, batch: Batch, resident: Resident):
         augment_seed, dropout_seed = jax.random.split(jax.random.key(config.seed))
@@ -112,18 +114,22 @@ def make_train_step(
             error = 100 * (label_rank(logits, labels) > 0).mean(dtype=loss.dtype)
             return loss, (error, updated.get("batch_stats", {}))
 
-        def one_part(_, numbered):
+        def one_part(numbered):
             (loss, (error, stats)), grads = jax.value_and_grad(forward, has_aux=True)(state.params, *numbered)
-            return None, (loss, error, stats, grads)
+            return grads, (loss, error, stats)
+
+        def add_part(total, numbered):
+            grads, found = one_part(numbered)
+            return jax.tree.map(jnp.add, total, grads), found
 
         if parts == 1:
-            _, (loss, error, stats, grads) = one_part(None, (batch, 0))
+            grads, (loss, error, stats) = one_part((batch, 0))
         else:
+            # Summed as they come, gradients take the memory of one part's, and devices exchange the sum alone.
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
             numbered = (split_batch(batch, parts, devices), jnp.arange(parts))
-            # XLA:CPU runs convolutions many times slower inside a loop.
-            unroll = jax.default_backend() == "cpu"
-            _, (loss, error, stats, grads) = jax.lax.scan(one_part, None, numbered, unroll=unroll)
-            loss, error, grads = jax.tree.map(lambda x: x.mean(0), (loss, error, grads))
+            total, (loss, error, stats) = jax.lax.scan(add_part, zeros, numbered, unroll=unroll)
+            loss, error, grads = loss.mean(), error.mean(), jax.tree.map(lambda x: x / parts, total)
             stats = merge_batch_stats(stats, config.model.batch_norm_momentum)
 
         rate = schedules.learning_rate(config.schedule, schedule(state.step), state.schedule)

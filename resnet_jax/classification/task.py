@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+import hashlib
 import math
 import sys
 from typing import Any
 
-from flax import linen as nn, traverse_util
+from flax import traverse_util
 import jax
 from jax import numpy as jnp
 import ml_collections
@@ -14,11 +15,12 @@ import numpy as np
 
 from resnet_jax import distributed
 from resnet_jax.classification import calibrate, protocols, steps
+from resnet_jax.classification.network import check_groups, model_settings, rate_factors
 from resnet_jax.classification.scores import mean_scores
 from resnet_jax.data.feed import make_feeds
 from resnet_jax.distributed import shard_batch
 from resnet_jax.errors import UsageError
-from resnet_jax.models.layers import count_groups, storage_dtype
+from resnet_jax.models.layers import storage_dtype
 from resnet_jax.models.registry import create_model
 from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.preprocessing import Preprocessing
@@ -59,9 +61,9 @@ class Classification:
         self._config, self._mesh = config, mesh
         self._settings = start.settings if start else {}
         distributed.check_batch("batch_size", config.batch_size, mesh, config.optimizer.accumulate)
-        _check_groups(config, mesh.size)
+        check_groups(config, mesh.size)
         # Its mistakes are cheaper to find than the data.
-        settings = _model_settings(config.model) | self._settings
+        settings = model_settings(config.model) | self._settings
         self.model = create_model(**settings)
         self._feeds, self.classes = make_feeds(config, mesh, storage_dtype(self.model.dtype), given)
         classes = config.model.num_classes or len(self.classes)
@@ -73,7 +75,7 @@ class Classification:
         self.model = create_model(num_classes=classes, **settings)
         train = self._feeds["train"]
         self.image_shape = train.image_shape
-        self._optimizer = make_optimizer(config.optimizer, _rate_factors(config, self.model))
+        self._optimizer = make_optimizer(config.optimizer, rate_factors(config, self.model))
         shapes = self._shapes()
         self._weights = start.variables if start else None
         if self._weights:
@@ -149,6 +151,13 @@ class Classification:
             "mean_image": mean if mean.ndim == 3 else None,
         }
 
+    def fingerprint(self) -> dict[str, str]:
+        """Tells data apart: which examples each split has, and what is subtracted from them."""
+        mean = hashlib.sha256(np.asarray(self.resident["mean"]).tobytes()).hexdigest()
+        classes = hashlib.sha256(repr(self.classes).encode()).hexdigest()
+        feeds = {f"{name} examples": f"{feed.examples}, {feed.identity()}" for name, feed in self._feeds.items()}
+        return feeds | {"mean image": mean, "classes": classes}
+
     @property
     def test_examples(self) -> int:
         """How many examples the test set has."""
@@ -173,9 +182,9 @@ class Classification:
             found = mean_scores([self.look(one, split, state, poll) for one in passes])
         if not len(found["index"]):
             raise UsageError(f"none of the {feed.examples} images of the {split} set can be read")
-        # Every example exactly once, but for those that were left out and said to be.
+        # Every example exactly once, but for those that were left out and said to be (perhaps by another process).
         assert np.array_equal(found["index"], np.unique(found["index"]))
-        assert len(found["index"]) == feed.examples or feed.broken
+        assert len(found["index"]) == feed.examples or self._config.data.on_error == "skip"
         metrics = {
             "top1_error": 100 * float(np.mean(found["rank"] >= 1)),
             "top5_error": 100 * float(np.mean(found["rank"] >= 5)),
@@ -196,24 +205,18 @@ class Classification:
         self, one: protocols.Pass, split: str, state: TrainState, poll: Callable[[], None] = lambda: None
     ) -> dict[str, np.ndarray]:
         """The step's outputs for every readable example of a pass, [N, ...], with their ``index`` and ``label``."""
-        resident = self._feeds[split].resident
-
-        def place(host: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
-            arrays = {name: host[name] for name in one.inputs}
-            return {name: host[name] for name in ("index", "labels", "valid")}, shard_batch(self._mesh, arrays)
-
-        hosts, outputs = [], []
-        with Prefetch(one.batches(), place, self._config.data.prefetch) as batches:
-            for host, arrays in batches:
+        resident, outputs = self._feeds[split].resident, []
+        with Prefetch(one.batches(), partial(shard_batch, self._mesh), self._config.data.prefetch) as batches:
+            for batch in batches:
                 poll()
-                hosts.append(host)
-                outputs.append(one.step(state.variables, arrays, resident))
+                found = one.step(state.variables, {name: batch[name] for name in one.inputs}, resident)
+                about = {"index": batch["index"], "label": batch["labels"], "valid": batch["valid"]}
+                outputs.append(distributed.gather(self._mesh, found | about))
                 if len(outputs) > _AHEAD:  # Images of all batches at once would fill the memory.
                     outputs[-1 - _AHEAD] = jax.device_get(outputs[-1 - _AHEAD])
-        valid = np.concatenate([host["valid"] for host in hosts])
-        found = {name: np.concatenate([np.asarray(out[name]) for out in outputs])[valid] for name in outputs[0]}
-        index, labels = (np.concatenate([host[name] for host in hosts])[valid] for name in ("index", "labels"))
-        return found | {"index": index, "label": labels}
+        arrays = {name: np.concatenate([np.asarray(out[name]) for out in outputs]) for name in outputs[0]}
+        valid = arrays.pop("valid")
+        return {name: array[valid] for name, array in arrays.items()}
 
     def calibrated(self, state: TrainState, poll: Callable[[], None]) -> TrainState:
         """The state with BN statistics that are averages over the training set; what is evaluated has them.
@@ -227,7 +230,7 @@ class Classification:
         index = calibrate.whole_batches(feed.examples, batch, self._config.seed)
         if not len(index):
             raise UsageError(f"--mode=calibrate: {feed.examples} training images don't fill a batch_size of {batch}")
-        step = jax.jit(calibrate.make_statistics_step(self.model))
+        step = jax.jit(calibrate.make_statistics_step(self.model), out_shardings=distributed.replicated(self._mesh))
 
         def place(host: dict[str, np.ndarray]) -> dict[str, jax.Array]:
             if not host["valid"].all():
@@ -248,31 +251,6 @@ class Classification:
         if schedule is state.schedule:
             return state
         return state.replace(schedule=distributed.replicate(self._mesh, schedule))
-
-
-def _model_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
-    """``create_model``'s arguments as ``config.model`` says."""
-    names = ("name", "dtype", "init_fan", "batch_norm", "batch_norm_momentum")
-    # Only residual networks know these.
-    residual = {name: model[name] for name in ("zero_init_last", "freeze_at") if model[name]}
-    return {name: model[name] for name in names} | residual
-
-
-def _rate_factors(config: ml_collections.ConfigDict, model: nn.Module) -> dict[str, float]:
-    """By what the learning rate of each of the network's modules is multiplied, where that is not 1."""
-    frozen, parts = config.model.freeze_at, ["stem", *(f"stage{i + 1}" for i in range(len(model.blocks)))]
-    if frozen > len(parts):
-        raise UsageError(f"model.freeze_at={frozen}: {config.model.name} has a stem and {len(model.blocks)} stages")
-    head = {} if config.optimizer.head_rate == 1 else {"head": config.optimizer.head_rate}
-    return dict.fromkeys(parts[:frozen], 0.0) | head
-
-
-def _check_groups(config: ml_collections.ConfigDict, devices: int) -> None:
-    """Raises a UsageError where the BN groups don't divide what is normalised at once."""
-    groups, parts = config.model.batch_norm, config.optimizer.accumulate
-    # A group that spans devices would have other members in a part of the batch than in the whole.
-    spans = devices if parts > 1 and groups.startswith("group:") else 1
-    count_groups(groups, config.batch_size // (parts * spans))
 
 
 def _weights_of(state: TrainState) -> dict[str, Any]:

@@ -81,15 +81,17 @@ class ResidentFeed:
         return f"pixels {self.image_shape}:{hashlib.sha256(np.ascontiguousarray(self._images)).hexdigest()}"
 
     def training(self, seed: int, batch: int, first: int, end: int) -> Iterator[Batch]:
-        order = Order(seed, self.examples)
-        return (order.batch(step, batch) for step in range(first, end))
+        order, own = Order(seed, self.examples), distributed.own_rows(batch)
+        for step in range(first, end):
+            yield {name: values[own] for name, values in order.batch(step, batch).items()}
 
     def evaluation(self, batch: int, index: np.ndarray | None = None) -> Iterator[Batch]:
         wanted = np.arange(self.examples, dtype=np.int32) if index is None else index
+        own = distributed.own_rows(batch)
         for start in range(0, len(wanted), batch):
             part = wanted[start : start + batch]
-            valid = np.arange(batch) < len(part)
-            part = np.pad(part, (0, batch - len(part)), mode="edge")
+            valid = np.arange(batch)[own] < len(part)
+            part = np.pad(part, (0, batch - len(part)), mode="edge")[own]
             yield {"index": part, "labels": self._labels[part], "valid": valid}
 
 

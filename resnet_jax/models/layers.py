@@ -11,14 +11,14 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
-from resnet_jax.distributed import BATCH_AXIS
+from resnet_jax.distributed import BATCH_AXIS, platform
 from resnet_jax.errors import UsageError
 
 
 def resolve_dtype(name: str) -> jnp.dtype:
     """The compute dtype: ``auto`` is bfloat16 on TPU and GPU, float32 on CPU."""
     if name == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        return jnp.dtype(jnp.float32 if platform() == "cpu" else jnp.bfloat16)
     if name not in ("bfloat16", "float32", "float64"):
         raise UsageError(f"dtype {name!r} is unknown: auto, bfloat16, float32 or float64")
     if name == "float64" and not jax.config.jax_enable_x64:

@@ -1,6 +1,7 @@
 """The training loop: knows a task and not which one."""
 
 from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 from functools import partial
 import itertools
@@ -13,9 +14,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from resnet_jax import distributed
+from resnet_jax import distributed, peers
 from resnet_jax.errors import UsageError
-from resnet_jax.training.checkpoints import Checkpoints
+from resnet_jax.training.checkpoints import Checkpoints, SaveFailed
 from resnet_jax.training.metrics import Console, MetricsWriter
 from resnet_jax.training.prefetch import Prefetch
 from resnet_jax.training.record import Diverged, Record, Window
@@ -25,11 +26,21 @@ from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Evaluation, Task
 from resnet_jax.training.workdir import CENTER, read_json, results_folder
 
-EXIT_DIVERGED = 1
+EXIT_DIVERGED = EXIT_NOT_SAVED = 1
 
 
 def _next_multiple(step: int, every: int, end: int) -> int:
     return min(end, (step // every + 1) * every) if every else end
+
+
+def _polling(stop: StopSignal, step: int) -> Callable[[], None]:
+    """What an evaluation calls often: it tells others where this process is, and raises ``Stopped`` when asked to."""
+
+    def poll() -> None:
+        peers.at(step, "evaluating")
+        stop.poll()
+
+    return poll
 
 
 class Training:
@@ -43,6 +54,7 @@ class Training:
         mesh: jax.sharding.Mesh,
         steps_per_dispatch: int | None = None,
         write: bool = True,
+        stop: StopSignal | None = None,
     ):
         """Opens the run.
 
@@ -55,17 +67,20 @@ class Training:
             loops make convolutions slow, and where data comes from files; elsewhere as many as fit between logs,
             evaluations and checkpoints.
           write: false where the run is only evaluated.
+          stop: tells when to stop, in force already; made here where not given.
         """
         self._task, self._config, self._workdir, self._mesh = task, config, workdir, mesh
-        self._checkpoints = Checkpoints(workdir, config.checkpoint.keep, write)
-        self._console = Console(task.total_steps)
+        self._console = Console(task.total_steps, quiet=not distributed.leads())
+        self._checkpoints = Checkpoints(workdir, config.checkpoint.keep, write, self._console.line)
         self._window = Window()
-        self._one_step = jax.jit(task.train_step, donate_argnums=0)
-        self._many_steps = jax.jit(self._scan_steps, donate_argnums=0)
+        everywhere = distributed.replicated(mesh)
+        self._one_step = jax.jit(task.train_step, donate_argnums=0, out_shardings=everywhere)
+        self._many_steps = jax.jit(self._scan_steps, donate_argnums=0, out_shardings=everywhere)
         between_events = math.gcd(config.log.every, config.eval.every, config.checkpoint.every)
         alone = task.streams or jax.default_backend() == "cpu"
         self._dispatch = 1 if task.streams else steps_per_dispatch or (1 if alone else between_events)
         self._saved_at = time.monotonic()
+        self._stop = stop
         self._rate = 0.0  # Steps a second in the last window,
         self._wait = 0.0  # and the share of the time that they waited for data, %.
         self._last: Evaluation | None = None  # Of the validation split; at the end, the final state's.
@@ -83,18 +98,21 @@ class Training:
         if self._finished(step, record.stopped):
             return 0
         self._writer = MetricsWriter(
-            self._workdir, step, self._config.log.tensorboard, evaluated=record.evaluated == step
+            self._workdir if distributed.leads() else None, step, self._config.log.tensorboard, record.evaluated == step
         )
         self._console.start(step)
         self._started = time.monotonic() - record.seconds
         try:
-            with StopSignal() as stop:
+            with self._signals() as stop:
                 return self._train(state, step, record, stop)
         except Diverged as error:
             latest = self._checkpoints.latest
             where = f"the last good checkpoint is {self._workdir}/checkpoints/{latest}"
             self._console.line(f"stopped: diverged at {error}; {where if latest else 'no checkpoint was saved yet'}")
             return EXIT_DIVERGED
+        except SaveFailed as error:
+            self._console.line(f"error: {error}")
+            return EXIT_NOT_SAVED
         finally:
             self._console.close()
             self._writer.close()
@@ -112,10 +130,11 @@ class Training:
         state, step, record = self._resume()
         self._checkpoints.close()
         protocol = self._config.eval.protocol
-        with StopSignal() as stop:
+        with self._signals() as stop:
             try:
-                state = change(state, stop.poll) if change else state
-                evaluation = self._task.evaluate(state, "test", stop.poll, protocol)
+                poll = _polling(stop, step)
+                state = change(state, poll) if change else state
+                evaluation = self._task.evaluate(state, "test", poll, protocol)
             except Stopped:
                 self._console.line("stopped while evaluating; nothing was written")
                 return stop.exit_status
@@ -124,12 +143,15 @@ class Training:
         self._report(summary, evaluation, protocol, name)
         return 0
 
+    def _signals(self) -> contextlib.AbstractContextManager[StopSignal]:
+        return contextlib.nullcontext(self._stop) if self._stop else StopSignal()
+
     def _resume(self) -> tuple[TrainState, int, Record]:
         state = self._task.initial_state()
-        step = self._checkpoints.latest
-        if step is None:
+        found = self._checkpoints.restore(state)
+        if found is None:
             return state, 0, Record()
-        state, record = self._checkpoints.restore(state, step)
+        state, step, record = found
         return state, step, Record(**record)
 
     def _finished(self, step: int, stopped: bool) -> bool:
@@ -155,7 +177,7 @@ class Training:
         try:
             improved = False
             if self._evaluation_due(step) and step != record.evaluated:  # Stopped between a step and its evaluation.
-                state, improved = self._evaluate(state, step, record, stop.poll)
+                state, improved = self._evaluate(state, step, record, stop)
             while step < end and not record.stopped:
                 if improved or self._checkpoint_due(step):
                     self._save(state, step, record)
@@ -169,22 +191,23 @@ class Training:
                 stop.poll()
                 if self._evaluation_due(step):
                     self._take_in(step, record)
-                    state, improved = self._evaluate(state, step, record, stop.poll)
+                    state, improved = self._evaluate(state, step, record, stop)
             self._save(state, step, record)
             evaluation = self._last if self._task.validation == "test" else None
-            evaluation = evaluation or self._task.evaluate(state, "test", stop.poll)
+            evaluation = evaluation or self._task.evaluate(state, "test", _polling(stop, step))
         except (Stopped, UsageError) as reason:
+            if isinstance(reason, UsageError) and peers.peers():
+                raise  # This process's own: the others would not save with it.
             # An evaluation broken off is made up for when the run goes on: its step is not in the record.
             step = int(state.step)
             if step:
                 self._save(state, step, record)
                 self._checkpoints.wait()
-            if (
-                isinstance(reason, UsageError) and stop.received is None
-            ):  # Of the data: what is trained so far is none the worse.
+            if isinstance(reason, UsageError) and not stop.asked():
+                # Of the data: what is trained so far is none the worse.
                 self._console.line(f"saved at step {step}" if step else "nothing was trained yet")
                 raise
-            self._console.line(f"stopped by {stop.received.name} and saved at step {step}; the same command resumes")
+            self._console.line(f"stopped by {stop.reason} and saved at step {step}; the same command resumes")
             return stop.exit_status
         finally:
             if self._task.streams:
@@ -200,7 +223,7 @@ class Training:
         """Evaluates by ``eval.protocol`` what has been trained, evaluated and saved."""
         protocol = self._config.eval.protocol
         try:
-            evaluation = self._task.evaluate(state, "test", stop.poll, protocol)
+            evaluation = self._task.evaluate(state, "test", _polling(stop, step), protocol)
         except Stopped:
             self._console.line(f"stopped in {protocol}; the run is whole, and --mode=eval evaluates it again")
             return stop.exit_status
@@ -215,7 +238,8 @@ class Training:
         Which steps share a dispatch follows from their numbers and the intervals of the config, so that a run that
         is resumed with the same command does the same arithmetic.
         """
-        while step < until and stop.received is None:
+        while step < until and not stop.asked():
+            peers.at(step, "training")
             count = self._dispatch if step % self._dispatch == 0 and step + self._dispatch <= until else 1
             if self._task.streams:
                 try:
@@ -226,6 +250,7 @@ class Training:
                 self._window.start(1)
                 state, metrics = self._one_step(state, batch, self._task.resident)
                 self._window.add(metrics, 1)
+                stop.unsaved = True
                 # Each step that waits for the device holds a batch in its memory.
                 self._window.wait_for_all_but(self._config.data.prefetch)
                 step += 1
@@ -241,6 +266,7 @@ class Training:
                 batch = distributed.shard_batch(self._mesh, stacked, axis=1)
                 state, metrics = self._many_steps(state, batch, self._task.resident)
             self._window.add(metrics, count)
+            stop.unsaved = True
             step += count
             self._console.advance(step)
         return state, step
@@ -278,12 +304,10 @@ class Training:
         every = self._config.eval.every
         return step > 0 and (step == self._task.total_steps or (bool(every) and step % every == 0))
 
-    def _evaluate(
-        self, state: TrainState, step: int, record: Record, poll: Callable[[], None]
-    ) -> tuple[TrainState, bool]:
+    def _evaluate(self, state: TrainState, step: int, record: Record, stop: StopSignal) -> tuple[TrainState, bool]:
         """Evaluates the validation split; returns the state after it, and whether it is the best so far."""
         self._window.pause()
-        evaluation = self._last = self._task.evaluate(state, self._task.validation, poll)
+        evaluation = self._last = self._task.evaluate(state, self._task.validation, _polling(stop, step))
         error = evaluation.metrics[self._task.objective]
         self._writer.write(step, {f"{self._task.validation}_{name}": v for name, v in evaluation.metrics.items()})
         self._console.line(f"step {step}  {self._task.validation}: {describe(evaluation.metrics)}")
@@ -301,8 +325,9 @@ class Training:
         every, minutes = self._config.checkpoint.every, self._config.checkpoint.minutes
         if not step:
             return False
-        by_time = bool(minutes) and time.monotonic() - self._saved_at > 60 * minutes
-        return by_time or (bool(every) and step % every == 0)
+        if every and step % every == 0:
+            return True
+        return bool(minutes) and bool(distributed.from_leader(time.monotonic() - self._saved_at > 60 * minutes))
 
     def _save(self, state: TrainState, step: int, record: Record) -> None:
         """Saves ``step`` unless it is saved already."""
@@ -334,6 +359,8 @@ class Training:
 
     def _report(self, summary: dict[str, Any], evaluation: Evaluation, protocol: str, name: str | None = None) -> None:
         """Writes ``predictions.npz`` and ``summary.json``, and says where they are."""
+        if not distributed.leads():
+            return
         folder = results_folder(self._workdir, name or "", protocol)
         write_results(folder, summary | {"protocol": protocol}, evaluation)
         what = "test" if folder == self._workdir else f"test, {folder.name}"

@@ -1,6 +1,8 @@
 """What a run tells: metrics.jsonl, TensorBoard, and lines or a progress bar for the person who watches."""
 
+import contextlib
 import datetime
+import io
 import json
 import os
 import pathlib
@@ -8,6 +10,8 @@ import sys
 from typing import Any
 
 import tqdm
+
+from resnet_jax.errors import UsageError
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -30,18 +34,64 @@ def _summary_writer() -> type:
     return SummaryWriter
 
 
+class Log:
+    """A file that grows; what a full disk refuses is told of once, kept, and written when there is space again."""
+
+    def __init__(self, file: io.RawIOBase):
+        """Goes on writing at the end of an open, unbuffered file."""
+        self._file, self._waiting, self._told = file, b"", False
+
+    def write(self, data: bytes) -> None:
+        """Adds to what the next ``flush`` writes."""
+        self._waiting += data
+
+    def flush(self) -> None:
+        """Writes what waits, or as much of it as there is space for."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                print(f"warning: {self._file.name}: can't be written ({error.strerror}); training goes on, and what is"
+                      " missing there is written once that is possible", file=sys.stderr, flush=True)  # fmt: skip
+            self._told = True
+
+    def close(self) -> None:
+        """Writes what it can."""
+        self.flush()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _open_events(folder: str, purge_step: int) -> Any:
+    """A SummaryWriter whose thread outlives a full disk: else it dies of it, and who adds scalars waits for ever."""
+    events = _summary_writer()(folder, purge_step=purge_step)
+    if hasattr(events, "file_writer"):
+        writer = events.file_writer.event_writer._ev_writer
+        with writer._lock:
+            writer._py_recordio_writer._writer = Log(writer._py_recordio_writer._writer.detach())
+    return events
+
+
 class MetricsWriter:
     """Appends records to ``metrics.jsonl`` and, if asked, TensorBoard events; each record has its step."""
 
-    def __init__(self, workdir: pathlib.Path, first_step: int, tensorboard: bool, evaluated: bool = True):
+    def __init__(self, workdir: pathlib.Path | None, first_step: int, tensorboard: bool, evaluated: bool = True):
         """Opens the logs and cuts back what an earlier run wrote after ``first_step``.
 
         Args:
-          workdir: where ``metrics.jsonl`` is.
+          workdir: where ``metrics.jsonl`` is; None where another process writes it.
           first_step: the step that the run goes on from.
           tensorboard: whether to write events too.
           evaluated: whether the evaluation of ``first_step`` counts; if not, its record is cut as well.
+
+        Raises:
+          UsageError: they can't be written.
         """
+        self._file = self._events = None
+        if workdir is None:
+            return
         path = workdir / "metrics.jsonl"
         kept = []
         if path.exists():
@@ -54,17 +104,21 @@ class MetricsWriter:
                 known = at < first_step or evaluated or "learning_rate" in record
                 if at <= first_step and known:
                     kept.append(line + "\n")
-        partial = path.with_name(".metrics.jsonl.partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
-        self._file = path.open("a")
-        self._events = None
-        if tensorboard:
-            self._events = _summary_writer()(str(workdir), purge_step=first_step + 1)
+        try:
+            partial = path.with_name(".metrics.jsonl.partial")
+            partial.write_text("".join(kept))
+            os.replace(partial, path)
+            self._file = Log(path.open("ab", buffering=0))
+            if tensorboard:
+                self._events = _open_events(str(workdir), first_step + 1)
+        except OSError as error:
+            raise UsageError(f"--workdir={workdir}: can't be written ({error.strerror or error})") from error
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds one record."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._file is None:
+            return
+        self._file.write(f"{json.dumps({'step': step, **values})}\n".encode())
         self._file.flush()
         if self._events:
             for name, value in values.items():
@@ -72,7 +126,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._events:
             self._events.close()
 
@@ -80,14 +135,15 @@ class MetricsWriter:
 class Console:
     """A progress bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, total_steps: int):
-        self._total = total_steps
+    def __init__(self, total_steps: int, quiet: bool = False):
+        """Counts to ``total_steps``; ``quiet`` where another process speaks."""
+        self._total, self._quiet = total_steps, quiet
         self._bar = None
 
     def start(self, step: int) -> None:
         """Begins to count at ``step``."""
         # A terminal that doesn't know its width would show nothing of a bar.
-        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
+        if not self._quiet and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
             form = "{percentage:3.0f}%|{bar:10}| {n}/{total}, {remaining} left{postfix}"
             self._bar = tqdm.tqdm(
                 total=self._total, initial=step, dynamic_ncols=True, smoothing=0.1, leave=False, bar_format=form
@@ -97,7 +153,7 @@ class Console:
         """Prints a line (above the bar)."""
         if self._bar is not None:
             self._bar.write(text)
-        else:
+        elif not self._quiet:
             print(text, flush=True)
 
     def advance(self, step: int) -> None:

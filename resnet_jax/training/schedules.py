@@ -56,6 +56,9 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> Callab
                 value = peak + (end - peak) * progress
             case "cosine":
                 value = end + (peak - end) * (1 + jnp.cos(jnp.pi * progress)) / 2
+            case "polynomial":  # The others fall during the warm-up too; here it may be a quarter of the training.
+                left = 1 - jnp.clip((step - config.warmup_steps) / max(end_step - config.warmup_steps, 1), 0, 1)
+                value = end + (peak - end) * left**config.power
             case _:  # constant; plateau's drops are in its state
                 value = jnp.float32(peak)
         if config.warmup_steps:

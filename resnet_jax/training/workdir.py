@@ -4,10 +4,13 @@ import itertools
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
+import jax
 import numpy as np
 
+from resnet_jax import distributed
 from resnet_jax.config import recipe_changes
 from resnet_jax.errors import UsageError
 from resnet_jax.training.checkpoints import FOLDER, latest_step
@@ -122,3 +125,26 @@ def open_workdir(workdir: pathlib.Path, values: dict[str, Any], data: dict[str, 
             np.save(workdir / MEAN, data["mean_image"])
     except OSError as error:
         raise UsageError(f"--workdir={workdir}: can't be written ({error.strerror or error})") from error
+
+
+def check_shared(workdir: pathlib.Path, seconds: float = 30) -> None:
+    """Checks that every process sees what the leading one writes; waits for all of them.
+
+    Raises:
+      UsageError: some don't, in those that don't.
+    """
+    if jax.process_count() == 1:
+        return
+    token = workdir / f".shared-{distributed.from_leader(os.getpid())}"
+    if distributed.leads():
+        token.touch()
+    distributed.wait_for_all("shared")
+    end = time.monotonic() + seconds  # Network file systems may take a while to show a new file.
+    while not token.exists():
+        if time.monotonic() > end:
+            raise UsageError(f"--workdir={workdir}: not the folder that process 0 writes to; several hosts need a"
+                             " shared one")  # fmt: skip
+        time.sleep(0.2)
+    distributed.wait_for_all("seen")
+    if distributed.leads():
+        token.unlink(missing_ok=True)

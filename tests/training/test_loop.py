@@ -117,4 +117,4 @@ def test_the_best_and_the_latest_checkpoint_stay(tiny_config, tmp_path):
     tiny_config.checkpoint.every = 4
     _, summary = train(tiny_config, tmp_path / "run", steps_per_dispatch=1)
     kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == sorted({summary["best_step"], 23})
+    assert kept == sorted({summary["best_step"], 20, 23})

@@ -3,6 +3,7 @@
 import jax
 from jax import numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from resnet_jax.config import default_config
@@ -158,8 +159,80 @@ def test_clipping_comes_before_weight_decay():
     assert_same(ours(weight_decay=0.1, clip_norm=2.0), by_hand(torch_rule, weight_decay=0.1, clip=2.0))
 
 
-def test_parameters_keep_their_dtype():
+LARS = {"name": "lars", "decay": "kernels"}
+
+
+def lars_by_hand(rates=RATES, trust=0.001, weight_decay=0.0, inside=True) -> list[Tree]:
+    """Algorithm 1 of You, Gitman and Ginsburg (2017) for the kernels, momentum SGD for the rest, in 64 bits.
+
+    ``inside``: the rate in the velocity, as there; else outside, as in torch's SGD.
+    """
+    weights = {name: array.astype(np.float64) for name, array in draw(0).items()}
+    velocity = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    history = []
+    for i, rate in enumerate(rates):
+        for name, gradient in draw(i + 1).items():
+            change = gradient.astype(np.float64)
+            if name[1] == "kernel":
+                size, slope = (np.sqrt(np.square(array).sum()) for array in (weights[name], change))
+                change = trust * size / (slope + weight_decay * size) * (change + weight_decay * weights[name])
+            velocity[name] = 0.9 * velocity[name] + (rate * change if inside else change)
+            weights[name] = weights[name] - velocity[name] * (1 if inside else rate)
+        history.append(dict(weights))
+    return history
+
+
+@pytest.mark.parametrize("style", ["caffe", "torch"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_lars_is_the_algorithm_of_its_paper(style, weight_decay):
+    expected = lars_by_hand(trust=0.02, weight_decay=weight_decay, inside=style == "caffe")
+    assert_same(ours(trust=0.02, weight_decay=weight_decay, momentum_style=style, **LARS), expected)
+
+
+def test_lars_without_decay_is_optaxs():
+    # With it optax divides by the norm of the sum, not by the sum of the norms; its rate is inside the velocity.
+    kernels = lambda params: jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    theirs = optax.inject_hyperparams(optax.lars, static_args=("trust_ratio_mask",))(
+        learning_rate=0.0, trust_coefficient=0.001, trust_ratio_mask=kernels, momentum=0.9
+    )
+    params = nested(draw(0))
+    state, expected = theirs.init(params), []
+    for i, rate in enumerate(RATES):
+        state.hyperparams["learning_rate"] = jnp.float32(rate)
+        updates, state = theirs.update(nested(draw(i + 1)), state, params)
+        params = optax.apply_updates(params, updates)
+        expected.append({(layer, name): np.asarray(params[layer][name]) for layer, name in SHAPES})
+    assert_same(ours(trust=0.001, weight_decay=0.0, momentum_style="caffe", **LARS), expected)
+
+
+def test_lars_moves_a_kernel_by_its_own_size_whatever_the_gradients():
     config = default_config().optimizer
+    config.update(momentum=0.0, weight_decay=0.0, trust=0.1, **LARS)
+    optimizer = make_optimizer(config)
+    params = {"layer": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([3.0, 4.0])}}
+    for scale in (1e-6, 1.0, 1e6):
+        grads = jax.tree.map(lambda array, scale=scale: scale * array[::-1], params)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params, learning_rate=jnp.float32(2))
+        assert float(jnp.linalg.norm(updates["layer"]["kernel"])) == pytest.approx(2 * 0.1 * 5)
+        np.testing.assert_allclose(updates["layer"]["bias"], [-8 * scale, -6 * scale], rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lars_leaves_a_kernel_or_gradient_of_zero_as_sgd_has_it(weight_decay):
+    config = default_config().optimizer
+    config.update(momentum=0.0, weight_decay=weight_decay, **LARS)
+    optimizer = make_optimizer(config)
+    for kernel, grad in (([0.0, 0.0], [3.0, 4.0]), ([3.0, 4.0], [0.0, 0.0]), ([0.0, 0.0], [0.0, 0.0])):
+        params, grads = ({"layer": {"kernel": jnp.array(array)}} for array in (kernel, grad))
+        updates, _ = optimizer.update(grads, optimizer.init(params), params, learning_rate=jnp.float32(1))
+        expected = -(np.array(grad) + weight_decay * np.array(kernel))
+        np.testing.assert_allclose(updates["layer"]["kernel"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, LARS], ids=["sgd", "lars"])
+def test_parameters_keep_their_dtype(settings):
+    config = default_config().optimizer
+    config.update(settings)
     params = {"layer": {"kernel": jnp.ones(3, jnp.bfloat16)}}
     optimizer = make_optimizer(config)
     updates, _ = optimizer.update(params, optimizer.init(params), params, learning_rate=jnp.float32(0.1))

@@ -74,6 +74,26 @@ def test_cosine_falls_all_the_way_without_a_jump():
     assert values[-1] == pytest.approx(0, abs=1e-8)
 
 
+def test_polynomial_falls_from_the_end_of_the_warmup_by_its_power():
+    # MLPerf's schedule for LARS: 4 steps up to 8, then 8 ((400 - (step - 4)) / 400)^2 for 400 steps.
+    config = settings(name="polynomial", learning_rate=8.0, warmup_steps=4, end_step=404)
+    expected = [2, 4, 8, 8, 8 * 0.75**2, 8 * 0.5**2, 0, 0]
+    np.testing.assert_allclose(rates(config, [0, 1, 3, 4, 104, 204, 404, 999]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_polynomial_ends_at_its_rate_and_with_the_training_unless_told():
+    config = settings(name="polynomial", learning_rate=1.0, end_rate=0.2, power=3.0)
+    expected = [1, 0.2 + 0.8 * 0.5**3, 0.2]
+    np.testing.assert_allclose(rates(config, [0, 500, 1000], total_steps=1000), expected, rtol=1e-5)
+
+
+def test_polynomial_of_power_one_without_warmup_is_linear():
+    plain = {"learning_rate": 0.9, "end_rate": 0.1, "end_step": 400}
+    steps = [0, 1, 100, 399, 400, 999]
+    polynomial = rates(settings(name="polynomial", power=1.0, **plain), steps)
+    np.testing.assert_allclose(polynomial, rates(settings(name="linear", **plain), steps), rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["constant", "steps", "linear", "cosine"])
 def test_warmup_is_a_share_of_the_scheduled_rate_that_grows_to_one(name):
     plain = settings(name=name, learning_rate=0.4, boundaries=(500,), end_rate=0.04)
@@ -85,7 +105,7 @@ def test_warmup_is_a_share_of_the_scheduled_rate_that_grows_to_one(name):
 
 
 def test_rates_are_float32_scalars_under_jit():
-    for name in ("constant", "steps", "linear", "cosine", "plateau"):
+    for name in ("constant", "steps", "linear", "cosine", "polynomial", "plateau"):
         rate = jax.jit(schedules.make_schedule(settings(name=name, boundaries=(3,)), 10))(jnp.int32(3))
         assert (rate.shape, rate.dtype) == ((), jnp.float32)
 

@@ -1,0 +1,34 @@
+"""From a config to a network and its optimizer, without data."""
+
+from typing import Any
+
+from flax import linen as nn
+import ml_collections
+
+from resnet_jax.errors import UsageError
+from resnet_jax.models.layers import count_groups
+
+
+def model_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
+    """``create_model``'s arguments as ``config.model`` says."""
+    names = ("name", "dtype", "init_fan", "batch_norm", "batch_norm_momentum")
+    # Only residual networks know these.
+    residual = {name: model[name] for name in ("zero_init_last", "freeze_at") if model[name]}
+    return {name: model[name] for name in names} | residual
+
+
+def rate_factors(config: ml_collections.ConfigDict, model: nn.Module) -> dict[str, float]:
+    """By what the learning rate of each of the network's modules is multiplied, where that is not 1."""
+    frozen, parts = config.model.freeze_at, ["stem", *(f"stage{i + 1}" for i in range(len(model.blocks)))]
+    if frozen > len(parts):
+        raise UsageError(f"model.freeze_at={frozen}: {config.model.name} has a stem and {len(model.blocks)} stages")
+    head = {} if config.optimizer.head_rate == 1 else {"head": config.optimizer.head_rate}
+    return dict.fromkeys(parts[:frozen], 0.0) | head
+
+
+def check_groups(config: ml_collections.ConfigDict, devices: int) -> None:
+    """Raises a UsageError where the BN groups don't divide what is normalised at once."""
+    groups, parts = config.model.batch_norm, config.optimizer.accumulate
+    # A group that spans devices would have other members in a part of the batch than in the whole.
+    spans = devices if parts > 1 and groups.startswith("group:") else 1
+    count_groups(groups, config.batch_size // (parts * spans))
