@@ -111,6 +111,7 @@ def main() -> None:
     from resnet_jax.models.registry import MODELS
     from resnet_jax.models.resnet import ResNet
     from resnet_jax.training.checkpoints import Checkpoints
+    from resnet_jax.training.dispatch import Dispatch
     from resnet_jax.training.loop import Training
     from resnet_jax.training.metrics import Console
     from resnet_jax.training.signals import StopSignal
@@ -130,7 +131,7 @@ def main() -> None:
 
     peers.join = joined
     around(Training, "_resume", nothing, lambda found: found and phases.resumed(found[1]))
-    around(Training, "_advance", lambda *_: phases.enter("training"), lambda _: phases.leave("training"))
+    around(Dispatch, "advance", lambda *_: phases.enter("training"), lambda _: phases.leave("training"))
     around(Console, "advance", phases.stepped)
     around(Classification, "evaluate", lambda *_: phases.enter("evaluating"), lambda _: phases.leave("evaluating"))
     around(Training, "_save", lambda state, step, *_: phases.tell("save", step=step))

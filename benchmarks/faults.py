@@ -68,7 +68,7 @@ STOP_SECONDS = 30  # after SIGTERM,
 LOST_SECONDS = PEER_SECONDS + 20  # and after the death of another.
 RUN_SECONDS = 600
 # The longest delays into a phase; while saving and evaluating last, shorter ones follow if they were too long.
-DELAYS = {"starting": 4.0, "training": 0.05, "saving": 0.15, "evaluating": 0.1}
+DELAYS = {"training": 0.05, "saving": 0.15, "evaluating": 0.1, "starting": 4.0}
 SIGNALS = ("SIGTERM", "SIGKILL")
 
 
@@ -76,13 +76,16 @@ SIGNALS = ("SIGTERM", "SIGKILL")
 class Fault:
     """A signal to be sent; ``to`` are the processes that get it, of which ``by`` is the one that says when."""
 
-    kind: str
     signal: str
     phase: str
     after: int
     delay: float
     by: int
     to: tuple[int, ...]
+
+    def whom(self, processes: int) -> str:
+        """Which processes of so many are struck."""
+        return f"process {self.to[0]} alone" if len(self.to) < processes else "all" if processes > 1 else "the one"
 
 
 @dataclasses.dataclass
@@ -103,19 +106,26 @@ class Round:
 
 
 def faults(processes: int, seed: int) -> Iterator[Fault]:
-    """Faults without end, at random but for their kinds, which take turns."""
+    """Faults without end: all processes at once and, where there are several, one alone take turns.
+
+    Of two processes, 32 faults have each signal in each phase to each process alone, and to both twice.
+    """
     chance = random.Random(seed)
-    phases = ["training", "saving", "evaluating", "starting"]
-    kinds = phases[:3] + ["one alone"] * (processes > 1) + phases[3:]
-    # Both signals for each kind in two turns, alternating within a turn too.
-    order = [(kind, SIGNALS[(at + turn) % 2]) for turn in range(2) for at, kind in enumerate(kinds)]
-    alone = {name: itertools.cycle(chance.sample(range(processes), processes)) for name in SIGNALS}
-    for kind, name in itertools.cycle(order):
-        phase = chance.choice(phases) if kind == "one alone" else kind
-        by = next(alone[name]) if kind == "one alone" else chance.randrange(processes)
-        to = (by,) if kind == "one alone" else tuple(range(processes))
+    alone = list(itertools.product(SIGNALS, DELAYS, range(processes)))
+    chance.shuffle(alone)
+    following = itertools.cycle(alone)
+
+    def fault(name: str, phase: str, by: int, to: tuple[int, ...]) -> Fault:
         after = chance.randrange(1, MOST_STEPS - 8) if phase != "starting" else 0
-        yield Fault(kind, name, phase, after, chance.uniform(0, DELAYS[phase]), by, to)
+        return Fault(name, phase, after, chance.uniform(0, DELAYS[phase]), by, to)
+
+    for turn in itertools.count():
+        for at, phase in enumerate(DELAYS):
+            name = SIGNALS[(at + turn) % 2]
+            yield fault(name, phase, chance.randrange(processes), tuple(range(processes)))
+            if processes > 1:
+                name, phase, victim = next(following)
+                yield fault(name, phase, victim, (victim,))
 
 
 class Launcher:
@@ -306,8 +316,7 @@ def table(struck: Sequence[tuple[Fault, Round]], processes: int) -> str:
              "| longest until all had ended, s |", "|---|---|---|---|---|---|"]  # fmt: skip
     cells = collections.defaultdict(list)
     for fault, found in struck:
-        whom = f"process {fault.to[0]} alone" if fault.kind == "one alone" else "all" if processes > 1 else "the one"
-        cells[found.fault["phase"], whom, fault.signal].append(found)
+        cells[found.fault["phase"], fault.whom(processes), fault.signal].append(found)
     order = list(DELAYS)
     for (phase, whom, name), rounds in sorted(cells.items(), key=lambda cell: (order.index(cell[0][0]), cell[0])):
         statuses = "; ".join(sorted({", ".join(map(str, found.statuses)) for found in rounds}))
@@ -316,10 +325,10 @@ def table(struck: Sequence[tuple[Fault, Round]], processes: int) -> str:
     return "\n".join(lines)
 
 
-def summary(struck: Sequence[tuple[Fault, Round]]) -> str:
+def summary(struck: Sequence[tuple[Fault, Round]], processes: int) -> str:
     """How many rounds there were of each kind."""
     counts = collections.Counter(found.fault["phase"] for _, found in struck)
-    counts["one process alone"] = sum(fault.kind == "one alone" for fault, _ in struck)
+    counts["one process alone"] = sum(len(fault.to) < processes for fault, _ in struck)
     counts |= collections.Counter(fault.signal for fault, _ in struck)
     return f"{len(struck)} rounds: " + ", ".join(f"{count} {name}" for name, count in counts.items())
 
@@ -336,7 +345,7 @@ def versions() -> str:
 def main() -> int:
     """Runs everything, prints what came of it, and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30, help="faults (default 30)")
+    parser.add_argument("--rounds", type=int, default=32, help="faults (default 32)")
     parser.add_argument("--processes", type=int, default=2, help="of the run (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (default 0)")
     parser.add_argument("--steps", type=int, help="of the run (default: enough for all rounds)")
@@ -375,11 +384,10 @@ def main() -> int:
             continue
         expected = check_end(fault, found, workdir)
         struck.append((fault, found))
-        whom = f"process {fault.to[0]} alone" if fault.kind == "one alone" else "all"
         phase, step = found.fault["phase"], found.fault["step"]
         where = phase if phase == "starting" else f"{phase} at step {step}"
-        print(f"{name}: {fault.signal} to {whom} while {where}: ended with {found.statuses} in {found.ended:.1f} s,"
-              f" goes on from step {expected}", flush=True)  # fmt: skip
+        print(f"{name}: {fault.signal} to {fault.whom(args.processes)} while {where}: ended with {found.statuses} in"
+              f" {found.ended:.1f} s, goes on from step {expected}", flush=True)  # fmt: skip
         tell(name, found)
     last = launcher.run(workdir, "to_the_end")
     check_start(last, expected)
@@ -393,8 +401,8 @@ def main() -> int:
     wrong += differing
     if len(struck) < args.rounds:
         wrong.append(f"{len(struck)} rounds of {args.rounds}")
-    print(f"\n{summary(struck)}; {args.processes} processes, {steps} steps, {time.monotonic() - started:.0f} s\n"
-          f"{versions()}\n\n{table(struck, args.processes)}\n")  # fmt: skip
+    print(f"\n{summary(struck, args.processes)}; {args.processes} processes, {steps} steps,"
+          f" {time.monotonic() - started:.0f} s\n{versions()}\n\n{table(struck, args.processes)}\n")  # fmt: skip
     for name, limit in (("SIGTERM", STOP_SECONDS), ("SIGKILL", LOST_SECONDS)):
         if times := [found.ended for fault, found in struck if fault.signal == name]:
             print(f"longest until all had ended after {name}: {max(times):.1f} s (limit {limit} s)")

@@ -80,7 +80,7 @@ def run(main: Callable[..., int | None], usage: str, needs: Sequence[str] = (), 
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             return 0
         except Exception as error:
-            _tell_others(1, f"{type(error).__name__}: {error}", perhaps_theirs=True)
+            _tell_others(1, f"{type(error).__name__}: {error}", error)
             raise
 
     _quiet()
@@ -98,18 +98,18 @@ def _peers() -> Any:
     return module and module.peers()
 
 
-def _tell_others(status: int, message: str, perhaps_theirs: bool = False) -> None:
+def _tell_others(status: int, message: str, unforeseen: Exception | None = None) -> None:
     """Ends the other processes of the run, where there are any, and this one, which an orderly end would keep waiting.
 
     Args:
       status: the exit status.
       message: why.
-      perhaps_theirs: the reason may be that another was lost; then that is said.
+      unforeseen: an error whose reason may be that another was lost; then that is said.
     """
     peers = _peers()
     if peers:
-        if perhaps_theirs:
-            peers.wait_for_verdict()
+        if unforeseen:
+            peers.wait_for_verdict(unforeseen)
             traceback.print_exc()
         peers.fail(status, " ".join(message.split()))
 

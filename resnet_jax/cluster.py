@@ -15,6 +15,8 @@ import jax
 from resnet_jax import peers
 from resnet_jax.errors import UsageError
 
+_PATIENCE = 5.0  # Seconds before a process says that it waits.
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -149,7 +151,7 @@ def start(
         if processes == 1:
             return
         place = Place(coordinator, processes, process)
-    _join(place, start_seconds)
+    _join(place, start_seconds, peer_seconds)
     if jax.process_count() == 1:
         return
     if jax.process_index():
@@ -158,22 +160,26 @@ def start(
     print(f"{jax.process_count()} processes, {jax.device_count()} devices", flush=True)
 
 
-def _join(place: Place, seconds: float) -> None:
+def _join(place: Place, seconds: float, peer_seconds: float) -> None:
     if place.coordinator and place.process == 0:
         _check_port(place.coordinator)
     where = f" at {place.coordinator}" if place.coordinator else ""
     who = "" if place.process is None else f"process {place.process} of {place.processes} on "
-    print(f"{who}{socket.gethostname()}: waiting for the other processes{where}", file=sys.stderr, flush=True)
+    me = f"{who}{socket.gethostname()}"
+
+    def say() -> None:
+        print(f"{me}: waiting for the other processes{where}", file=sys.stderr, flush=True)
 
     def give_up() -> None:
         missing = f"not all processes have come{where} within {seconds:.0f} s"
         hint = "is each of them started, and can it reach that address?"
-        peers.end(peers.EXIT_LOST, f"{who}{socket.gethostname()}: {missing}; {hint}")
+        peers.end(peers.EXIT_LOST, f"{me}: {missing}; {hint}")
 
     # JAX's own limit ends the process without a word that a user would understand.
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
+    timers = [threading.Timer(_PATIENCE, say), threading.Timer(seconds, give_up)]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
     try:
         jax.distributed.initialize(
             place.coordinator,
@@ -182,11 +188,15 @@ def _join(place: Place, seconds: float) -> None:
             local_device_ids=place.devices,
             cluster_detection_method=None if place.coordinator is None else "deactivate",
             initialization_timeout=int(seconds) + 60,
+            # Ours says more; this one is for process 0's own loss. JAX may take half of it for enough, and ours takes
+            # some seconds to tell all processes: half of it is longer.
+            heartbeat_timeout_seconds=int(2 * peer_seconds) + 20,
         )
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"the other processes can't be found: {' '.join(str(error).split())}") from error
     finally:
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
 
 
 def _check_port(coordinator: str) -> None:

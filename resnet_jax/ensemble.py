@@ -15,6 +15,7 @@ import sys
 from absl import flags
 
 from resnet_jax import cli
+from resnet_jax.buckets import open_folder
 from resnet_jax.errors import UsageError
 from resnet_jax.output import write_whole
 
@@ -57,7 +58,7 @@ def main(overrides: list[tuple[str, str]]) -> int:
         missing = [run for run, file in zip(runs, files, strict=True) if not file.is_file()]
         with contextlib.redirect_stdout(sys.stderr):  # Whoever reads --json wants nothing else.
             for run in missing:
-                status = 0 if run.endswith(".npz") else evaluate_run(pathlib.Path(run).expanduser(), FLAGS.protocol)
+                status = 0 if run.endswith(".npz") else evaluate_run(open_folder("--runs", run), FLAGS.protocol)
                 if status:
                     return status
     members = [ensemble.read_predictions(file) for file in files]

@@ -10,15 +10,14 @@ checkpoints/, summary.json and predictions.npz.
 """
 
 import os
-import pathlib
 
 from absl import flags
 
-from resnet_jax import cli, config as config_lib
+from resnet_jax import buckets, cli, config as config_lib
 from resnet_jax.errors import UsageError
 
 cli.define_config_flags()
-flags.DEFINE_string("workdir", None, "Folder of the run; runs/<config's name> when not given.")
+flags.DEFINE_string("workdir", None, "Folder of the run, also gs://BUCKET/PATH; runs/<config's name> when not given.")
 flags.DEFINE_enum(
     "mode",
     "train",
@@ -39,13 +38,11 @@ FLAGS = flags.FLAGS
 
 def main(overrides: list[tuple[str, str]]) -> int:
     """Flags in, one call."""
-    if "://" in (FLAGS.workdir or ""):
-        raise UsageError(f"--workdir={FLAGS.workdir}: only local folders can be written so far")
     config = config_lib.load_config(FLAGS.config)
     for name, value in overrides:
         config_lib.override(config, name, value)
     config_lib.validate(config)
-    workdir = pathlib.Path(FLAGS.workdir or f"runs/{config_lib.find_config(FLAGS.config).stem}").expanduser()
+    workdir = buckets.open_folder("--workdir", FLAGS.workdir or f"runs/{config_lib.find_config(FLAGS.config).stem}")
     if config.deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
 

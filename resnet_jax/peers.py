@@ -24,6 +24,8 @@ EXIT_LOST = 69
 _AGREE_SECONDS = 600  # How long the others may take to come to where all must agree.
 _STALL_SECONDS = 300  # When nothing moves for so long, process 0 says who is behind.
 _BEAT = 1.0  # Seconds between two signs of life.
+# What errors say where what processes do together was broken off, on CPUs, GPUs and TPUs.
+_BROKEN_OFF = ("gloo", "nccl", "collective", "connection", "coordination", "unavailable", "barrier", "aborted")
 _VERDICT, _LIFE, _AGREE = "resnet_jax/verdict", "resnet_jax/life/", "resnet_jax/agree/"
 
 
@@ -91,9 +93,10 @@ class Peers:
         self.close()
         self._judge(status, f"{self._who}: {message}")
 
-    def wait_for_verdict(self) -> None:
+    def wait_for_verdict(self, error: Exception) -> None:
         """After an error that may come of another process's end: waits as long as it takes to find out."""
-        time.sleep(self._seconds + 5 * _BEAT)
+        if any(word in str(error).lower() for word in _BROKEN_OFF):
+            time.sleep(self._seconds + 5 * _BEAT)
 
     def wait_for_preemption(self, seconds: float) -> bool:
         """Waits until any process of the run was told that it will be stopped; False where none was in that time."""
@@ -114,7 +117,7 @@ class Peers:
         self.close()
         if distributed.leads():
             self._judge(0, "")  # Wakes who waits for a verdict.
-        # JAX would wait for a process that is lost from here on for 100 s, and crash then.
+        # JAX would wait longer for a process that is lost from here on, and crash then.
         timer = threading.Timer(self._seconds, end, (EXIT_LOST, "all is done, but another process did not end well"))
         timer.daemon = True
         timer.start()

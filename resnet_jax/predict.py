@@ -13,6 +13,7 @@ import sys
 from absl import flags
 
 from resnet_jax import cli
+from resnet_jax.buckets import is_folder, open_folder
 from resnet_jax.errors import UsageError
 from resnet_jax.output import check_folder, write_whole
 
@@ -54,7 +55,7 @@ def main(overrides: list[tuple[str, str]], images: list[str]) -> int:
     from resnet_jax.pretrained.source import read_weights
 
     paths = predict_lib.find_images(images)
-    if FLAGS.workdir and not pathlib.Path(FLAGS.workdir).expanduser().is_dir():
+    if FLAGS.workdir and not is_folder(open_folder("--workdir", FLAGS.workdir)):
         raise UsageError(f"--workdir={FLAGS.workdir}: no such folder; a file of weights is --weights=FILE")
     model, weights = read_weights(FLAGS.workdir or FLAGS.weights, FLAGS.model)
     print(f"{model}, {len(paths)} images", file=sys.stderr, flush=True)

@@ -11,18 +11,19 @@ import jax
 import ml_collections
 
 from resnet_jax import distributed, peers
+from resnet_jax.buckets import Folder, absolute
 from resnet_jax.classification.task import Classification
 from resnet_jax.config import flatten, restore_config
 from resnet_jax.errors import UsageError
 from resnet_jax.fields import FIELDS
 from resnet_jax.locks import lock
+from resnet_jax.output import write_json
 from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.save import save_safetensors
 from resnet_jax.pretrained.source import read_weights, resumed
 from resnet_jax.pretrained.start import starting_weights
 from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.loop import Training
-from resnet_jax.training.metrics import write_json
 from resnet_jax.training.signals import StopSignal
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.workdir import (
@@ -48,7 +49,7 @@ CALIBRATED = "calibrated.safetensors"
 
 
 def run_classification(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, mode: str, explicit: Collection[str] = ()
+    config: ml_collections.ConfigDict, workdir: Folder, mode: str, explicit: Collection[str] = ()
 ) -> int:
     """Trains (``train``), evaluates (``eval``) or calibrates in ``workdir``; returns the exit status.
 
@@ -63,21 +64,21 @@ def run_classification(
       UsageError: before anything is written, where config, data, devices and work directory don't fit.
     """
     with StopSignal() as stop:
-        return _run(config, workdir.absolute(), mode, explicit, stop)
+        return _run(config, absolute(workdir), mode, explicit, stop)
 
 
 def _run(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, mode: str, explicit: Collection[str], stop: StopSignal
+    config: ml_collections.ConfigDict, workdir: Folder, mode: str, explicit: Collection[str], stop: StopSignal
 ) -> int:
     if peers.peers():
         own = {field.name for field in FIELDS if field.unit == "path" and not field.recipe}  # As disks are mounted.
         shared = {name: value for name, value in flatten(config).items() if name not in own}
         peers.peers().agree(f"config {config.seed}", {"mode": mode, "code": code_version()} | shared)
+    check_writable(workdir)
     done = latest_step(workdir)
     only_evaluated = done is None and (workdir / "summary.json").is_file() and not (workdir / "metrics.jsonl").exists()
     if not only_evaluated:  # There nothing is lost by another recipe.
         check_recipe(workdir, flatten(config), training=mode == "train")
-    check_writable(workdir)
     if mode != "train" and done is None:
         if not config.init.weights:
             seeds = ",".join(sorted(path.name.removeprefix("seed_") for path in workdir.glob("seed_*")))
@@ -123,7 +124,7 @@ def _run(
 
 
 def run_seeds(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, mode: str, seeds: Sequence[int], explicit: Collection[str]
+    config: ml_collections.ConfigDict, workdir: Folder, mode: str, seeds: Sequence[int], explicit: Collection[str]
 ) -> int:
     """Does the same for several seeds, one after another; returns the exit status of the first that has one.
 
@@ -162,7 +163,7 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def read_config(workdir: pathlib.Path) -> tuple[ml_collections.ConfigDict, list[str]]:
+def read_config(workdir: Folder) -> tuple[ml_collections.ConfigDict, list[str]]:
     """The config that a run was made with, and which of its fields the command line had set.
 
     Raises:
@@ -174,7 +175,7 @@ def read_config(workdir: pathlib.Path) -> tuple[ml_collections.ConfigDict, list[
     return restore_config(values, str(workdir)), (read_json(workdir / DATA) or {}).get("explicit", [])
 
 
-def evaluate_run(workdir: pathlib.Path, protocol: str) -> int:
+def evaluate_run(workdir: Folder, protocol: str) -> int:
     """Evaluates a run again, by any test protocol, as ``--mode=eval`` with its own config does."""
     config, explicit = read_config(workdir)
     config.eval.protocol = protocol
@@ -182,7 +183,7 @@ def evaluate_run(workdir: pathlib.Path, protocol: str) -> int:
 
 
 @contextlib.contextmanager
-def open_run(workdir: pathlib.Path) -> Iterator[tuple[Classification, TrainState]]:
+def open_run(workdir: Folder) -> Iterator[tuple[Classification, TrainState]]:
     """A run that exists, for whoever looks into it: its task and its state, with the devices' mesh in force.
 
     Raises:

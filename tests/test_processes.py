@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shutil
+import signal
 import time
 
 import cv2
@@ -247,3 +248,20 @@ def test_a_peer_that_never_comes_is_waited_for_no_longer_than_said(tmp_path):
 )
 def test_flags_that_don_t_go_together(tmp_path, flags, words):
     refused(run(1, f"--workdir={tmp_path / 'run'}", TEN, *flags), words)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_in_the_first_compilation_ends_all_at_once(tmp_path, processes):
+    port = free_port()
+    deep = f"--workdir={tmp_path / 'run'}", TEN, "--config.model.name=cifar_resnet56"  # Some ten seconds to compile.
+    running = [start(i, processes, port, *deep) for i in range(processes)]
+    while "training cifar_resnet56" not in running[0].stdout.readline():
+        assert running[0].poll() is None
+    time.sleep(1)
+    began = time.monotonic()
+    running[-1].send_signal(signal.SIGTERM)
+    ends = finish(running)
+    assert time.monotonic() - began < 8
+    for end in ends:
+        assert (end.status, end.err.splitlines()[-1].endswith("; nothing was lost")) == (75, True), end.err
+    assert not (tmp_path / "run/checkpoints").exists() or not any((tmp_path / "run/checkpoints").iterdir())

@@ -1,12 +1,13 @@
 """Several networks' predictions together: averaged probabilities (the paper's Table 5), of all or of a chosen few."""
 
 from collections.abc import Sequence
-import pathlib
+import io
 import zipfile
 import zlib
 
 import numpy as np
 
+from resnet_jax.buckets import Folder, is_folder, open_folder
 from resnet_jax.classification.scores import Scores, judge
 from resnet_jax.errors import UsageError
 from resnet_jax.training.workdir import results_folder
@@ -14,23 +15,23 @@ from resnet_jax.training.workdir import results_folder
 _ARRAYS = {"index": 1, "label": 1, "probabilities": 2}  # Name -> axes.
 
 
-def predictions_file(run: str, protocol: str) -> pathlib.Path:
+def predictions_file(run: str, protocol: str) -> Folder:
     """Where a run's predictions by a test protocol lie; a ``.npz`` is taken as it is.
 
     Raises:
       UsageError: no such run.
     """
-    path = pathlib.Path(run).expanduser()
+    path = open_folder("--runs", run)
     if path.suffix == ".npz":
         return path
-    if not path.is_dir():
+    if not is_folder(path):
         raise UsageError(f"{run}: {'neither a work directory nor a .npz' if path.exists() else 'no such folder'}")
     if not (path / "config.json").is_file():
         raise UsageError(f"{run}: no work directory of a run (no config.json in it)")
     return results_folder(path, protocol) / "predictions.npz"
 
 
-def read_predictions(file: pathlib.Path) -> Scores:
+def read_predictions(file: Folder) -> Scores:
     """What an evaluation wrote, in the order of ``index``.
 
     Raises:
@@ -40,7 +41,7 @@ def read_predictions(file: pathlib.Path) -> Scores:
         way = "--mode=calibrate does it" if "calibrated" in file.parent.name else "--mode=eval does it, or --evaluate"
         raise UsageError(f"{file}: not there, since this run was never evaluated so; {way}")
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
             found = {name: stored[name] for name in _ARRAYS}
             test_set = stored["test_set"] if "test_set" in stored else np.array("")  # Of an older version.
     except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:

@@ -153,16 +153,9 @@ def plan(
 
     size = batch_per_device or config.batch_size // mesh.size
     compiled, largest = compiled_of(size), None
-    limit = topology.memory_limit
-    if not compiled.fits and limit:
+    if not compiled.fits:
         unit = group_of(config.model.batch_norm) * config.optimizer.accumulate
-        fixed = compiled.memory.fixed if compiled.memory else 0
         progress(f"does not fit; looking for the largest multiple of {unit} that does")
-
-        def measure(smaller: int) -> tuple[int, bool]:
-            found = compiled_of(smaller)
-            return (found.memory.total if found.memory else limit), found.fits
-
-        tried = list(largest_that_fits(measure, limit, fixed, size, unit))
+        tried = list(largest_that_fits(lambda smaller: compiled_of(smaller).fits, size, unit))
         largest = max((smaller for smaller, fits in tried if fits), default=0)
     return estimate(config.model.name, topology, size * mesh.size, compiled, train_images, price, largest)

@@ -2,21 +2,21 @@
 
 from collections.abc import Collection
 from functools import partial
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 
+from resnet_jax.buckets import Folder
 from resnet_jax.classification import probes
 from resnet_jax.classification.steps import make_eval_step
 from resnet_jax.classification.task import Classification
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.output import write_json
 from resnet_jax.paper.runs import ANALYSIS
 from resnet_jax.run import open_run
 from resnet_jax.training.checkpoints import latest_step
-from resnet_jax.training.metrics import write_json
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.workdir import read_json
 
@@ -24,7 +24,7 @@ KINDS = ("responses", "removal", "landscape")
 _DIRECTIONS, _REACH, _POINTS = 3, 1.0, 21  # Lines, how far they go in lengths of the weights, and points on each.
 
 
-def analyse(folder: pathlib.Path, kinds: Collection[str], examples: int) -> None:
+def analyse(folder: Folder, kinds: Collection[str], examples: int) -> None:
     """Computes what is asked for and not known yet of the run as it is.
 
     Args:

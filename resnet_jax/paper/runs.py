@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 import dataclasses
 import json
-import pathlib
+import os
 from typing import Any
 
+from resnet_jax.buckets import Folder, exists, is_folder, open_folder
 from resnet_jax.classification.predict import imagenet_names
 from resnet_jax.config import restore_config
 from resnet_jax.errors import UsageError
@@ -34,7 +35,7 @@ class Run:
       analysis: what ``paper.analysis`` found, or nothing.
     """
 
-    folder: pathlib.Path
+    folder: Folder
     config: dict[str, Any]
     summaries: dict[str, dict[str, Any]]
     data: str
@@ -68,16 +69,16 @@ class Run:
         return self.summaries.get("center", {})
 
 
-def seeds_of(name: str) -> list[pathlib.Path]:
+def seeds_of(name: str) -> list[Folder]:
     """The runs in a folder that ``main --seeds`` made; any other path alone."""
-    folder = pathlib.Path(name).expanduser()
-    if (folder / "config.json").is_file():
+    folder = open_folder("--runs", name)
+    if exists(folder / "config.json"):
         return [folder]
     below = sorted(folder.glob("seed_*"), key=lambda path: (len(path.name), path.name))
     return [path for path in below if (path / "config.json").is_file()] or [folder]
 
 
-def find_runs(folders: Sequence[str]) -> list[pathlib.Path]:
+def find_runs(folders: Sequence[str]) -> list[Folder]:
     """The work directories that are meant; of a folder of several seeds, each seed's.
 
     Raises:
@@ -85,17 +86,17 @@ def find_runs(folders: Sequence[str]) -> list[pathlib.Path]:
     """
     found = []
     for name in folders:
-        folder = pathlib.Path(name).expanduser()
-        if not folder.is_dir():
+        folder = open_folder("--runs", name)
+        if not is_folder(folder):
             raise UsageError(f"--runs={name}: no such folder")
         runs = seeds_of(name)
         if not (runs[0] / "config.json").is_file():
             raise UsageError(f"--runs={name}: no work directory of a run (no config.json in it)")
         found += runs
-    return list({folder.resolve(): folder for folder in found}.values())
+    return list({os.path.realpath(folder): folder for folder in found}.values())
 
 
-def read_run(folder: pathlib.Path) -> Run:
+def read_run(folder: Folder) -> Run:
     """Reads a work directory.
 
     Raises:
@@ -124,6 +125,6 @@ def read_run(folder: pathlib.Path) -> Run:
     return Run(folder, config, summaries, _data_of(folder), metrics, analysis)
 
 
-def _data_of(folder: pathlib.Path) -> str:
+def _data_of(folder: Folder) -> str:
     classes = tuple((read_json(folder / DATA) or {}).get("classes", ()))
     return "cifar10" if classes == CIFAR10 else "imagenet" if set(classes) == set(imagenet_names()) else "other"

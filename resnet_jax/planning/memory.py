@@ -145,33 +145,24 @@ def explain(
     return advise(memory, limit, batch_size, devices, accumulate, batch_norm)
 
 
-def largest_that_fits(
-    measure: Callable[[int], tuple[int, bool]], limit: int, fixed: int, start: int, unit: int, tries: int = 6
-) -> Iterator[tuple[int, bool]]:
-    """Looks for the largest multiple of ``unit`` that fits: halves until one does, then goes by a line through it.
+def largest_that_fits(fits: Callable[[int], bool], start: int, unit: int, tries: int = 6) -> Iterator[tuple[int, bool]]:
+    """Looks for the largest multiple of ``unit`` that fits, by halves: near its limit the compiler trades time for
+    memory, so that no line through smaller sizes says where that is.
 
     Args:
-      measure: gives the bytes that a size needs (looked at if it fits), and whether it fits.
-      limit: bytes there are.
-      fixed: bytes that size 0 would need.
-      start: a size that does not fit.
+      fits: whether a size does.
+      start: a size that does not.
       unit: sizes are multiples of it.
-      tries: how often ``measure`` is asked at most.
+      tries: how often ``fits`` is asked at most.
 
     Yields:
       Each size that was tried, and whether it fits: the largest that does is the answer.
-    """
-    low, used, high = 0, fixed, -(-start // unit) * unit
+    """  # fmt: skip
+    low, high = 0, -(-start // unit)
     for _ in range(tries):
-        if high - low <= unit:
+        if high - low <= 1:
             return
-        guess = low + (limit - used) * low / max(used - fixed, 1) if low else 0
-        if not low < guess < high:
-            guess = (low + high) / 2
-        size = max(int(guess) // unit * unit, low + unit)
-        needed, fits = measure(size)
-        yield size, fits
-        if fits:
-            low, used = size, needed
-        else:
-            high = size
+        middle = (low + high) // 2
+        good = fits(middle * unit)
+        yield middle * unit, good
+        low, high = (middle, high) if good else (low, middle)

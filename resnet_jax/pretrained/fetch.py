@@ -4,6 +4,7 @@ import pathlib
 import re
 import urllib.parse
 
+from resnet_jax.buckets import Folder, in_bucket, open_folder
 from resnet_jax.download import cache_folder, download
 from resnet_jax.errors import UsageError
 
@@ -12,21 +13,23 @@ _HUB = "hf:"
 
 def is_remote(source: str) -> bool:
     """Whether weights are named that are not on this machine."""
-    return source.startswith((_HUB, "https://", "http://"))
+    return source.startswith((_HUB, "https://", "http://")) or in_bucket(source)
 
 
-def fetch(source: str) -> pathlib.Path:
+def fetch(source: str) -> Folder:
     """The file on this machine that a name stands for.
 
     Args:
       source: ``hf:OWNER/NAME`` or ``hf:OWNER/NAME@REVISION`` of the Hugging Face hub, ``https://...#sha256=DIGITS``,
-        or a path, which is given back.
+        or a path, also of a bucket, which is given back.
 
     Raises:
       UsageError: it can't be fetched, or is not what was asked for.
     """
     if source.startswith(_HUB):
         return _from_hub(source)
+    if in_bucket(source):
+        return open_folder("weights", source)
     return _from_url(source) if is_remote(source) else pathlib.Path(source).expanduser()
 
 

@@ -1,7 +1,7 @@
 """Weights by whatever names them: a file, a run of ours, a name of the hub, an address."""
 
 import dataclasses
-import pathlib
+import io
 import re
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
+from resnet_jax.buckets import Folder, absolute, exists, in_bucket
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import create_model
 from resnet_jax.pretrained.fetch import fetch, is_remote
@@ -55,7 +56,7 @@ def read_weights(source: str, model: str | None) -> tuple[str, Pretrained]:
     """
     source = str(source)
     path = fetch(source)
-    if not path.exists():
+    if not exists(path):
         hint = f"; of the hub it is hf:{source}" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
         raise UsageError(f"{source}: no such file or folder{hint}")
     if path.is_dir():
@@ -68,27 +69,29 @@ def read_weights(source: str, model: str | None) -> tuple[str, Pretrained]:
         if evaluated and config.get("init.weights"):  # Others' weights were, and nothing was trained.
             return read_weights(config["init.weights"], config["model.name"])
         return config["model.name"], _read_run(path, config)
+    if in_bucket(path):
+        raise UsageError(f"{source}: of a bucket only the work directory of a run is read; copy the file")
     model, found = read_pretrained(path, model)
     if is_remote(source):
         found = dataclasses.replace(found, history=found.history | {"source": f"{source} ({found.title})"})
     return model, found
 
 
-def resumed(workdir: pathlib.Path) -> Pretrained:
+def resumed(workdir: Folder) -> Pretrained:
     """What a run that goes on knows of the weights it started from."""
     return _known(workdir, None)
 
 
-def _read_run(workdir: pathlib.Path, config: dict[str, Any]) -> Pretrained:
+def _read_run(workdir: Folder, config: dict[str, Any]) -> Pretrained:
     """The weights of a run of ours, with the preprocessing it was trained with."""
     found = _known(workdir, load_run_weights(str(workdir)))
     metrics = read_json(workdir / "summary.json") or {}
     return dataclasses.replace(
-        found, history={"source": f"{workdir.absolute().name} (a run of ours)", "metrics": metrics, "config": config}
+        found, history={"source": f"{absolute(workdir).name} (a run of ours)", "metrics": metrics, "config": config}
     )
 
 
-def _known(workdir: pathlib.Path, variables: dict[str, Any] | None) -> Pretrained:
+def _known(workdir: Folder, variables: dict[str, Any] | None) -> Pretrained:
     data = read_json(workdir / DATA) or {}
-    mean_image = np.load(workdir / MEAN) if (workdir / MEAN).is_file() else None
+    mean_image = np.load(io.BytesIO((workdir / MEAN).read_bytes())) if (workdir / MEAN).is_file() else None
     return Pretrained.of_run(data | {"mean_image": mean_image}, variables)

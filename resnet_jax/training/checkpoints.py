@@ -16,6 +16,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from resnet_jax import distributed
+from resnet_jax.buckets import absolute, in_bucket, move
 from resnet_jax.errors import UsageError
 from resnet_jax.training import stored
 from resnet_jax.training.state import TrainState
@@ -163,7 +164,7 @@ class Checkpoints:
         """Waits for a save in the background, and removes what need not stay then."""
         response.result()
         if distributed.leads():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):  # Whatever a file system or bucket does: the checkpoint is whole.
                 stored.add_checksums(self._folder / str(step))
         self._steps = sorted({*self._steps, step})
         if best_step in self._steps:  # Else its save failed: the best one before it stays.
@@ -199,24 +200,28 @@ class Checkpoints:
         moved = ""
         if self._write and distributed.leads():
             aside = self._folder.parent / DAMAGED
-            aside.mkdir(exist_ok=True)
+            if not in_bucket(aside):
+                aside.mkdir(exist_ok=True)
             names = (aside / f"{step}{suffix}" for suffix in ("", *(f".{n}" for n in range(1, 1000))))
             target = next(path for path in names if not path.exists())
-            (self._folder / str(step)).rename(target)
+            move(self._folder / str(step), target)
             moved = f"; moved to {target}"
         self._tell(f"warning: {self._folder}/{step} is damaged ({why}){moved}; taking {instead}, the one before")
 
     def _clean(self) -> None:
-        """Removes what is half-written."""
-        if distributed.leads() and self._folder.is_dir():
-            for entry in self._folder.iterdir():
-                if stored.half_written(entry):
-                    _remove(entry)
+        """Removes what is half-written; what resists is left to the next save or start."""
+        if distributed.leads():
+            with contextlib.suppress(OSError if not in_bucket(self._folder) else Exception):
+                for entry in self._folder.iterdir() if self._folder.is_dir() else ():
+                    if stored.half_written(entry):
+                        _remove(entry)
 
 
 def _remove(folder: epath.Path) -> None:
     """Removes a folder; what resists is left to the next save or start."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError if not in_bucket(folder) else Exception):
+        if in_bucket(folder):  # Its objects go one by one: what is left of it should that be broken off is not whole.
+            (folder / stored.COMMITTED).unlink(missing_ok=True)
         folder.rmtree(missing_ok=True)
 
 
@@ -266,7 +271,7 @@ def load_run_weights(run: str) -> dict[str, Any]:
     workdir = epath.Path(run).expanduser()
     if not workdir.exists():
         raise UsageError(f"{run}: no such file or folder")
-    folder, damage = workdir.resolve() / FOLDER, {}
+    folder, damage = absolute(workdir) / FOLDER, {}
     for step in reversed(stored.stored_steps(folder)):
         try:
             stored.check_files(folder / str(step), contents=True)

@@ -1,25 +1,23 @@
 """The training loop: knows a task and not which one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import contextlib
 import dataclasses
 from functools import partial
-import itertools
-import math
 import pathlib
 import time
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from resnet_jax import distributed, peers
 from resnet_jax.errors import UsageError
 from resnet_jax.training.checkpoints import Checkpoints, SaveFailed
+from resnet_jax.training.dispatch import Dispatch
 from resnet_jax.training.metrics import Console, MetricsWriter
 from resnet_jax.training.prefetch import Prefetch
-from resnet_jax.training.record import Diverged, Record, Window
+from resnet_jax.training.record import Diverged, Record
 from resnet_jax.training.results import describe, write_results
 from resnet_jax.training.signals import Stopped, StopSignal
 from resnet_jax.training.state import TrainState
@@ -63,30 +61,20 @@ class Training:
           config: the whole config.
           workdir: an existing folder.
           mesh: the devices, in force (``jax.set_mesh``).
-          steps_per_dispatch: steps that the device runs without hearing from Python; by default one on CPUs, where
-            loops make convolutions slow, and where data comes from files; elsewhere as many as fit between logs,
-            evaluations and checkpoints.
+          steps_per_dispatch: steps that the devices run without hearing from Python; see ``Dispatch``.
           write: false where the run is only evaluated.
           stop: tells when to stop, in force already; made here where not given.
         """
         self._task, self._config, self._workdir, self._mesh = task, config, workdir, mesh
         self._console = Console(task.total_steps, quiet=not distributed.leads())
         self._checkpoints = Checkpoints(workdir, config.checkpoint.keep, write, self._console.line)
-        self._window = Window()
-        everywhere = distributed.replicated(mesh)
-        self._one_step = jax.jit(task.train_step, donate_argnums=0, out_shardings=everywhere)
-        self._many_steps = jax.jit(self._scan_steps, donate_argnums=0, out_shardings=everywhere)
-        between_events = math.gcd(config.log.every, config.eval.every, config.checkpoint.every)
-        alone = task.streams or jax.default_backend() == "cpu"
-        self._dispatch = 1 if task.streams else steps_per_dispatch or (1 if alone else between_events)
+        self._dispatch = Dispatch(task, config, mesh, self._console, steps_per_dispatch)
+        self._window = self._dispatch.window
         self._saved_at = time.monotonic()
         self._stop = stop
         self._rate = 0.0  # Steps a second in the last window,
         self._wait = 0.0  # and the share of the time that they waited for data, %.
         self._last: Evaluation | None = None  # Of the validation split; at the end, the final state's.
-
-    def _scan_steps(self, state: TrainState, batches: Any, resident: Any):
-        return jax.lax.scan(lambda s, batch: self._task.train_step(s, batch, resident), state, batches)
 
     def run(self) -> int:
         """Trains to the end, or until asked to stop; the same call goes on from there.
@@ -113,6 +101,11 @@ class Training:
         except SaveFailed as error:
             self._console.line(f"error: {error}")
             return EXIT_NOT_SAVED
+        except jax.errors.JaxRuntimeError as error:
+            advice = self._dispatch.what_fits(error)
+            if advice is None:
+                raise
+            raise UsageError(f"out of memory: {advice}") from error
         finally:
             self._console.close()
             self._writer.close()
@@ -184,7 +177,7 @@ class Training:
                 logged = _next_multiple(step, config.log.every, end)
                 events = (config.eval.every, config.checkpoint.every)
                 until = min(logged, *(_next_multiple(step, every, end) for every in events))
-                state, step = self._advance(state, step, until, batches, stop)
+                state, step = self._dispatch.advance(state, step, until, batches, stop)
                 improved = False
                 if step in (logged, end):
                     self._log(step, record)
@@ -229,47 +222,6 @@ class Training:
             return stop.exit_status
         self._report(self._summary(step, record), evaluation, protocol)
         return 0
-
-    def _advance(
-        self, state: TrainState, step: int, until: int, batches: Iterator[Any], stop: StopSignal
-    ) -> tuple[TrainState, int]:
-        """Runs the steps up to ``until``, or to the end of the dispatch in which a stop was asked for.
-
-        Which steps share a dispatch follows from their numbers and the intervals of the config, so that a run that
-        is resumed with the same command does the same arithmetic.
-        """
-        while step < until and not stop.asked():
-            peers.at(step, "training")
-            count = self._dispatch if step % self._dispatch == 0 and step + self._dispatch <= until else 1
-            if self._task.streams:
-                try:
-                    batch = self._window.wait_for(batches)
-                except UsageError as error:  # Data that can't be read.
-                    stop.fail(error)
-                    break
-                self._window.start(1)
-                state, metrics = self._one_step(state, batch, self._task.resident)
-                self._window.add(metrics, 1)
-                stop.unsaved = True
-                # Each step that waits for the device holds a batch in its memory.
-                self._window.wait_for_all_but(self._config.data.prefetch)
-                step += 1
-                self._console.advance(step)
-                continue
-            chunk = list(itertools.islice(batches, count))
-            self._window.start(count)
-            if count == 1:
-                batch = distributed.shard_batch(self._mesh, chunk[0])
-                state, metrics = self._one_step(state, batch, self._task.resident)
-            else:
-                stacked = jax.tree.map(lambda *parts: np.stack(parts), *chunk)
-                batch = distributed.shard_batch(self._mesh, stacked, axis=1)
-                state, metrics = self._many_steps(state, batch, self._task.resident)
-            self._window.add(metrics, count)
-            stop.unsaved = True
-            step += count
-            self._console.advance(step)
-        return state, step
 
     def _take_in(self, step: int, record: Record) -> None:
         """Waits for the steps up to ``step`` and takes in their metrics; raises ``Diverged``."""
@@ -336,6 +288,7 @@ class Training:
         self._take_in(step, record)  # Only finite states are saved.
         self._window.pause()
         self._checkpoints.save(state, step, dataclasses.asdict(record), record.best_step)
+        self._writer.flush()  # A run that goes on from there finds its records up to there.
         self._saved_at = time.monotonic()
 
     def _summary(self, step: int, record: Record) -> dict[str, Any]:

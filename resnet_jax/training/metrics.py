@@ -11,14 +11,9 @@ from typing import Any
 
 import tqdm
 
+from resnet_jax.buckets import Folder, GrowingFiles, exists, in_bucket
 from resnet_jax.errors import UsageError
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+from resnet_jax.output import write_whole
 
 
 def _summary_writer() -> type:
@@ -75,9 +70,12 @@ def _open_events(folder: str, purge_step: int) -> Any:
 
 
 class MetricsWriter:
-    """Appends records to ``metrics.jsonl`` and, if asked, TensorBoard events; each record has its step."""
+    """Appends records to ``metrics.jsonl`` and, if asked, TensorBoard events; each record has its step.
 
-    def __init__(self, workdir: pathlib.Path | None, first_step: int, tensorboard: bool, evaluated: bool = True):
+    Buckets get them with a delay of up to half a minute; ``flush`` and ``close`` make up for it.
+    """
+
+    def __init__(self, workdir: Folder | None, first_step: int, tensorboard: bool, evaluated: bool = True):
         """Opens the logs and cuts back what an earlier run wrote after ``first_step``.
 
         Args:
@@ -89,12 +87,12 @@ class MetricsWriter:
         Raises:
           UsageError: they can't be written.
         """
-        self._file = self._events = None
+        self._file = self._events = self._copies = None
         if workdir is None:
             return
         path = workdir / "metrics.jsonl"
         kept = []
-        if path.exists():
+        if exists(path):
             for line in path.read_text().splitlines():
                 try:
                     record = json.loads(line)
@@ -105,12 +103,12 @@ class MetricsWriter:
                 if at <= first_step and known:
                     kept.append(line + "\n")
         try:
-            partial = path.with_name(".metrics.jsonl.partial")
-            partial.write_text("".join(kept))
-            os.replace(partial, path)
-            self._file = Log(path.open("ab", buffering=0))
+            self._copies = GrowingFiles(workdir) if in_bucket(workdir) else None
+            folder = self._copies.folder if self._copies else pathlib.Path(workdir)
+            write_whole(folder / path.name, lambda file: file.write("".join(kept).encode()))
+            self._file = Log((folder / path.name).open("ab", buffering=0))
             if tensorboard:
-                self._events = _open_events(str(workdir), first_step + 1)
+                self._events = _open_events(str(folder), first_step + 1)
         except OSError as error:
             raise UsageError(f"--workdir={workdir}: can't be written ({error.strerror or error})") from error
 
@@ -124,12 +122,21 @@ class MetricsWriter:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """Has a bucket catch up soon with what was written; files of this machine are always up to date."""
+        if self._copies:
+            if self._events:
+                self._events.flush()
+            self._copies.flush()
+
     def close(self) -> None:
         """Flushes and closes the files."""
         if self._file:
             self._file.close()
         if self._events:
             self._events.close()
+        if self._copies:
+            self._copies.close()
 
 
 class Console:

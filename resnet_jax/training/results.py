@@ -1,18 +1,21 @@
 """What an evaluation leaves behind: ``predictions.npz``, ``summary.json``, and a line for people."""
 
-import pathlib
 from typing import Any
 
 import numpy as np
 
-from resnet_jax.output import write_whole
-from resnet_jax.training.metrics import write_json
+from resnet_jax.buckets import Folder
+from resnet_jax.output import make_folder, write_json, write_whole
 from resnet_jax.training.task import Evaluation
 
 
-def write_results(folder: pathlib.Path, summary: dict[str, Any], evaluation: Evaluation) -> None:
-    """Writes both files into ``folder``, which is made where needed; the evaluation's figures join the summary's."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_results(folder: Folder, summary: dict[str, Any], evaluation: Evaluation) -> None:
+    """Writes both files into ``folder``, which is made where needed; the evaluation's figures join the summary's.
+
+    Raises:
+      UsageError: they can't be written.
+    """
+    make_folder(folder)
     write_whole(folder / "predictions.npz", lambda file: np.savez(file, **evaluation.predictions))
     write_json(folder / "summary.json", summary | evaluation.metrics)
 

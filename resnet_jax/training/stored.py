@@ -16,11 +16,13 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from resnet_jax import buckets
+from resnet_jax.buckets import files_below, in_bucket
 from resnet_jax.errors import UsageError
 from resnet_jax.training.fingerprint import fingerprints, layouts, other_layout
 
 # Orbax's names in a checkpoint's folder, and in the name of a folder that is not whole yet.
-_METADATA, _STATE, _TREE, _COMMITTED = "_CHECKPOINT_METADATA", "state", "_METADATA", "commit_success.txt"
+_METADATA, _STATE, _TREE, COMMITTED = "_CHECKPOINT_METADATA", "state", "_METADATA", "commit_success.txt"
 _HALF_WRITTEN = ".orbax-checkpoint-tmp"
 _CHECKSUMS = "checksums.json"  # Ours: sizes and checksums of the other files.
 
@@ -31,14 +33,20 @@ class Damaged(Exception):
 
 def stored_steps(folder: epath.Path) -> list[int]:
     """The steps of the checkpoints in a folder, ascending, damaged ones too; those half-written are none."""
-    entries = folder.iterdir() if folder.is_dir() else []
-    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal() and not half_written(entry))
+    return sorted(int(entry.name) for entry in _entries(folder) if entry.name.isdecimal() and not half_written(entry))
+
+
+def _entries(folder: epath.Path) -> list[epath.Path]:
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):  # Not is_dir: gcsfs says no to it where it can't ask the bucket.
+        return []
 
 
 def half_written(entry: epath.Path) -> bool:
     """Whether an entry of a folder of checkpoints is what a save left that did not come to its end."""
     # Buckets know no renaming: there a last file says that a folder is whole.
-    return _HALF_WRITTEN in entry.name or ("://" in str(entry) and not (entry / _COMMITTED).exists())
+    return _HALF_WRITTEN in entry.name or (in_bucket(entry) and not (entry / COMMITTED).exists())
 
 
 def save_async(folder: epath.Path, state: Any, record: dict[str, Any]) -> ocp.AsyncResponse:
@@ -64,9 +72,10 @@ def add_checksums(folder: epath.Path) -> None:
     The fingerprints tell whether arrays are right. This tells first which file is not: of damaged files Orbax says
     little in one line, and much in others'.
     """
-    local = "://" not in str(folder)
-    files = sorted(path / name for path, _, names in folder.walk() for name in names)
-    found = {str(path.relative_to(folder)): [path.stat().length, _crc(path) if local else None] for path in files}
+    found = {
+        str(path.relative_to(folder)): [path.stat().length, None if in_bucket(path) else _crc(path)]
+        for path in files_below(folder)
+    }
     text = json.dumps(found)
     (folder / _CHECKSUMS).write_text(f"{zlib.crc32(text.encode()):08x} {text}")
 
@@ -95,6 +104,8 @@ def check_files(folder: epath.Path, contents: bool) -> None:
         except PermissionError as error:
             raise UsageError(f"{path}: can't be read ({error.strerror})") from error
         except OSError as error:
+            if in_bucket(path):  # It can't be reached; what is in it may be whole.
+                raise UsageError(f"{path}: can't be read ({buckets.reason(error)})") from error
             raise Damaged(f"{name}: {reason(error)}") from error
 
 
@@ -112,7 +123,7 @@ def read_record(folder: epath.Path) -> tuple[dict[str, Any], dict[str, str] | No
     Raises:
       Damaged: it can't be read, or files are missing that every checkpoint has.
     """
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not _entries(folder):
         raise Damaged("no files in it")
     for path in (folder / _METADATA, folder / _STATE / _TREE):
         if not path.is_file():

@@ -3,34 +3,34 @@
 import itertools
 import json
 import os
-import pathlib
 import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from resnet_jax import distributed
+from resnet_jax import buckets, distributed
+from resnet_jax.buckets import Folder, in_bucket
 from resnet_jax.config import recipe_changes
 from resnet_jax.errors import UsageError
+from resnet_jax.output import make_folder, refusal, write_json, write_whole
 from resnet_jax.training.checkpoints import FOLDER, latest_step
-from resnet_jax.training.metrics import write_json
 
 DATA, MEAN = "data.json", "mean.npy"
 CENTER = "center"  # The protocol of evaluations while training goes, and of the work directory's own results.
 
 
-def results_folder(workdir: pathlib.Path, *names: str) -> pathlib.Path:
+def results_folder(workdir: Folder, *names: str) -> Folder:
     """Where an evaluation's results go: the work directory itself, or for others than the usual one a folder below."""
     names = tuple(name for name in names if name and name != CENTER)
     return workdir / "eval" / "_".join(names) if names else workdir
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any] | None:
+def read_json(path: Folder) -> dict[str, Any] | None:
     """The file's JSON object, or None where there is no file.
 
     Raises:
-      UsageError: it is no JSON.
+      UsageError: it is no JSON, or can't be read.
     """
     try:
         value = json.loads(path.read_text())
@@ -43,9 +43,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
         raise UsageError(f"--workdir={path.parent}: not a folder") from error
     except (ValueError, OSError) as error:
         raise UsageError(f"{path}: not readable ({error})") from error
+    except Exception as error:  # Of gcsfs, aiohttp or google.auth.
+        raise UsageError(f"{path}: not readable ({buckets.reason(error)})") from error
 
 
-def check_recipe(workdir: pathlib.Path, values: dict[str, Any], training: bool) -> None:
+def check_recipe(workdir: Folder, values: dict[str, Any], training: bool) -> None:
     """Checks that the folder is new, or holds a run of the same recipe.
 
     Raises:
@@ -62,7 +64,7 @@ def check_recipe(workdir: pathlib.Path, values: dict[str, Any], training: bool) 
                          " choose another work directory or the same settings")  # fmt: skip
 
 
-def check_data(workdir: pathlib.Path, now: dict[str, Any], training: bool) -> None:
+def check_data(workdir: Folder, now: dict[str, Any], training: bool) -> None:
     """Checks that the data are those that the folder's run was trained on, by their classes and their number.
 
     Args:
@@ -91,20 +93,23 @@ def check_data(workdir: pathlib.Path, now: dict[str, Any], training: bool) -> No
         )
 
 
-def check_writable(workdir: pathlib.Path) -> None:
+def check_writable(workdir: Folder) -> None:
     """Raises a UsageError where the folder can't be made or written."""
+    if in_bucket(workdir):
+        # Each process has a name of its own: one object takes one change a second.
+        return buckets.check_writable("--workdir", workdir, f".writable-{jax.process_index()}")
     nearest = workdir
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir():
-        raise UsageError(f"--workdir={workdir}: can't be written ({nearest} is a file)")
+        raise UsageError(f"--workdir={workdir}: can't be written ({nearest} is a file, not a folder)")
     if (workdir / FOLDER).is_file():
         raise UsageError(f"--workdir={workdir}: can't be written ({FOLDER} in it is a file, not a folder)")
-    if not os.access(nearest, os.W_OK):
-        raise UsageError(f"--workdir={workdir}: can't be written (permission denied in {nearest})")
+    if why := refusal(nearest):
+        raise UsageError(f"--workdir={workdir}: can't be written ({why})")
 
 
-def open_workdir(workdir: pathlib.Path, values: dict[str, Any], data: dict[str, Any]) -> None:
+def open_workdir(workdir: Folder, values: dict[str, Any], data: dict[str, Any]) -> None:
     """Makes the folder where needed and writes ``config.json``, ``data.json`` and, where there is one, ``mean.npy``.
 
     Args:
@@ -115,19 +120,16 @@ def open_workdir(workdir: pathlib.Path, values: dict[str, Any], data: dict[str, 
     Raises:
       UsageError: it can't be written.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", values)
-        write_json(workdir / DATA, {name: value for name, value in data.items() if name != "mean_image"})
-        if data["mean_image"] is None:
-            (workdir / MEAN).unlink(missing_ok=True)  # Of an earlier start that was another's.
-        else:
-            np.save(workdir / MEAN, data["mean_image"])
-    except OSError as error:
-        raise UsageError(f"--workdir={workdir}: can't be written ({error.strerror or error})") from error
+    make_folder(workdir, f"--workdir={workdir}")
+    write_json(workdir / "config.json", values)
+    write_json(workdir / DATA, {name: value for name, value in data.items() if name != "mean_image"})
+    if data["mean_image"] is not None:
+        write_whole(workdir / MEAN, lambda file: np.save(file, data["mean_image"]))
+    elif buckets.exists(workdir / MEAN):
+        (workdir / MEAN).unlink(missing_ok=True)  # Of an earlier start that was another's.
 
 
-def check_shared(workdir: pathlib.Path, seconds: float = 30) -> None:
+def check_shared(workdir: Folder, seconds: float = 30) -> None:
     """Checks that every process sees what the leading one writes; waits for all of them.
 
     Raises:
@@ -137,7 +139,7 @@ def check_shared(workdir: pathlib.Path, seconds: float = 30) -> None:
         return
     token = workdir / f".shared-{distributed.from_leader(os.getpid())}"
     if distributed.leads():
-        token.touch()
+        token.write_text("")
     distributed.wait_for_all("shared")
     end = time.monotonic() + seconds  # Network file systems may take a while to show a new file.
     while not token.exists():

@@ -123,17 +123,15 @@ def test_a_step_that_died_is_explained_though_its_arguments_are_gone():
     assert settings(advice) == {"optimizer.accumulate": 2, "batch_size": 288}
 
 
-@pytest.mark.parametrize("bend", [0, 3])
 @pytest.mark.parametrize("unit", [1, 32])
-def test_the_largest_batch_is_found_by_few_looks(bend, unit):
-    fixed, limit = 500, 16_000
-    needs = lambda size: fixed + 100 * size + bend * size**2 // 100
-    best = max(size for size in range(0, 512, unit) if needs(size) <= limit)
-    measure = lambda size: (needs(size), needs(size) <= limit)
-    tried = list(largest_that_fits(measure, limit, fixed, 512, unit))
-    assert max(size for size, fits in tried if fits) == best
-    assert all(size % unit == 0 and fits == (needs(size) <= limit) for size, fits in tried)
+@pytest.mark.parametrize("best", [0, 1, 31, 32, 33, 480, 511])
+def test_the_largest_batch_is_found_by_halves(best, unit):
+    tried = list(largest_that_fits(lambda size: size <= best, 512, unit, tries=9))
+    assert max((size for size, fits in tried if fits), default=0) == best // unit * unit
+    assert all(size % unit == 0 and fits == (size <= best) for size, fits in tried)
+    assert len(tried) <= {1: 9, 32: 4}[unit]
 
 
 def test_nothing_is_tried_below_one_group():
-    assert list(largest_that_fits(lambda size: (size, False), 10, 5, 32, 32)) == []
+    assert not list(largest_that_fits(lambda size: False, 32, 32))
+    assert not list(largest_that_fits(lambda size: False, 20, 32))

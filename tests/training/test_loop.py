@@ -118,3 +118,18 @@ def test_the_best_and_the_latest_checkpoint_stay(tiny_config, tmp_path):
     _, summary = train(tiny_config, tmp_path / "run", steps_per_dispatch=1)
     kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == sorted({summary["best_step"], 20, 23})
+
+
+@pytest.mark.parametrize("steps_per_dispatch", [1, 4])
+def test_a_run_that_the_memory_is_too_small_for_says_what_would_fit(
+    tiny_config, tmp_path, monkeypatch, steps_per_dispatch
+):
+    def exhausted(*unused):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory. Used 24.00G of 16.00G hbm.")
+
+    monkeypatch.setattr("resnet_jax.training.record.Window.add", exhausted)
+    tiny_config.model.batch_norm = "group:8"
+    with pytest.raises(UsageError, match=r"^out of memory: 32 images .*; would fit: optimizer.accumulate=2 .*") as said:
+        train(tiny_config, tmp_path, steps_per_dispatch)
+    assert "batch_size=" in str(said.value)
+    assert not (tmp_path / "summary.json").exists()

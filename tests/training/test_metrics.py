@@ -12,7 +12,7 @@ from jax import numpy as jnp
 import pytest
 
 from resnet_jax.training import metrics as metrics_lib, record as record_lib
-from resnet_jax.training.metrics import Console, MetricsWriter, write_json
+from resnet_jax.training.metrics import Console, MetricsWriter
 from resnet_jax.training.record import Diverged, Record, Window
 
 

@@ -1,0 +1,110 @@
+"""How the devices are given their training steps: one by one, or several at once."""
+
+from collections.abc import Callable, Iterator
+import itertools
+import math
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from resnet_jax import distributed, peers
+from resnet_jax.errors import UsageError
+from resnet_jax.planning import memory
+from resnet_jax.training.metrics import Console
+from resnet_jax.training.record import Window
+from resnet_jax.training.signals import StopSignal
+from resnet_jax.training.state import TrainState
+from resnet_jax.training.task import Task
+
+
+class Dispatch:
+    """A task's training step, jitted, and how many of them the devices run without hearing from Python.
+
+    Attributes:
+      window: the metrics of the steps that were not looked at yet.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: ml_collections.ConfigDict,
+        mesh: jax.sharding.Mesh,
+        console: Console,
+        steps: int | None,
+    ):
+        """Jits the step.
+
+        Args:
+          task: what is trained.
+          config: the whole config.
+          mesh: the devices.
+          console: is told how far it is.
+          steps: how many at once; by default one on CPUs, where loops make convolutions slow, and where data comes
+            from files; elsewhere as many as fit between logs, evaluations and checkpoints.
+        """
+        self._task, self._config, self._mesh, self._console = task, config, mesh, console
+        self.window = Window()
+        everywhere = distributed.replicated(mesh)
+        self._one = jax.jit(task.train_step, donate_argnums=0, out_shardings=everywhere)
+        self._many = jax.jit(self._scan, donate_argnums=0, out_shardings=everywhere)
+        between_events = math.gcd(config.log.every, config.eval.every, config.checkpoint.every)
+        alone = task.streams or jax.default_backend() == "cpu"
+        self._steps = 1 if task.streams else steps or (1 if alone else between_events)
+        self._called: tuple[Callable[..., Any], Any] | None = None  # What was called first, with which shapes.
+
+    def _scan(self, state: TrainState, batches: Any, resident: Any):
+        return jax.lax.scan(lambda s, batch: self._task.train_step(s, batch, resident), state, batches)
+
+    def advance(
+        self, state: TrainState, step: int, until: int, batches: Iterator[Any], stop: StopSignal
+    ) -> tuple[TrainState, int]:
+        """Runs the steps up to ``until``, or to the end of the dispatch in which a stop was asked for.
+
+        Which steps share a dispatch follows from their numbers and the intervals of the config, so that a run that
+        is resumed with the same command does the same arithmetic.
+        """
+        while step < until and not stop.asked():
+            peers.at(step, "training")
+            if self._task.streams:
+                count = 1
+                try:
+                    batch = self.window.wait_for(batches)
+                except UsageError as error:  # Data that can't be read.
+                    stop.fail(error)
+                    break
+            else:
+                count = self._steps if step % self._steps == 0 and step + self._steps <= until else 1
+                batch = self._place(list(itertools.islice(batches, count)))
+            self.window.start(count)
+            state, metrics = self._call(self._one if count == 1 else self._many, state, batch)
+            self.window.add(metrics, count)
+            stop.unsaved = True
+            if self._task.streams:  # Each step that waits for the device holds a batch in its memory.
+                self.window.wait_for_all_but(self._config.data.prefetch)
+            step += count
+            self._console.advance(step)
+        return state, step
+
+    def _place(self, chunk: list[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
+        if len(chunk) == 1:
+            return distributed.shard_batch(self._mesh, chunk[0])
+        stacked = jax.tree.map(lambda *parts: np.stack(parts), *chunk)
+        return distributed.shard_batch(self._mesh, stacked, axis=1)
+
+    def _call(self, step: Callable[..., Any], state: TrainState, batch: Any) -> Any:
+        arguments = (state, batch, self._task.resident)
+        if not self._called:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arguments)
+            self._called = (step, shapes)
+        return step(*arguments)
+
+    def what_fits(self, error: Exception) -> str | None:
+        """What to do about a step that the devices' memory was too small for; None of another error."""
+        if not self._called or not memory.is_out_of_memory(error):
+            return None
+        config = self._config
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        parts, norm = config.optimizer.accumulate, config.model.batch_norm
+        return memory.explain(error, *self._called, limit, config.batch_size, self._mesh.size, parts, norm)
