@@ -311,17 +311,19 @@ def differences(workdir: pathlib.Path, expected: pathlib.Path, steps: int) -> It
 
 
 def table(struck: Sequence[tuple[Fault, Round]], processes: int) -> str:
-    """Rounds by what they were struck in, as Markdown."""
-    lines = ["| struck while | processes struck | signal | rounds | exit statuses (of process 0, 1, ...) "
-             "| longest until all had ended, s |", "|---|---|---|---|---|---|"]  # fmt: skip
+    """Rounds by what they were struck in, as Markdown: how many, exit statuses of process 0, 1, ..., longest time."""
     cells = collections.defaultdict(list)
     for fault, found in struck:
         cells[found.fault["phase"], fault.whom(processes), fault.signal].append(found)
-    order = list(DELAYS)
-    for (phase, whom, name), rounds in sorted(cells.items(), key=lambda cell: (order.index(cell[0][0]), cell[0])):
-        statuses = "; ".join(sorted({", ".join(map(str, found.statuses)) for found in rounds}))
-        longest = max(found.ended for found in rounds)
-        lines.append(f"| {phase} | {whom} | {name} | {len(rounds)} | {statuses} | {longest:.1f} |")
+    lines = [f"| struck while | whom | {' | '.join(SIGNALS)} |", "|---|---|---|---|"]
+    whoms = sorted({whom for _, whom, _ in cells})
+    for phase, whom in itertools.product(DELAYS, whoms):
+        shown = []
+        for rounds in (cells[phase, whom, name] for name in SIGNALS):
+            statuses = "; ".join(sorted({", ".join(map(str, found.statuses)) for found in rounds}))
+            longest = max((found.ended for found in rounds), default=0)
+            shown.append(f"{len(rounds)} ({statuses}): {longest:.1f} s" if rounds else "0")
+        lines.append(f"| {phase} | {whom} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 

@@ -160,9 +160,7 @@ class GrowingFiles:
         if self._copy():
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
-            print(
-                f"warning: the last of what belongs in {self._target} is in {self.folder}", file=sys.stderr, flush=True
-            )
+            print(f"warning: what is missing in {self._target} is in {self.folder}", file=sys.stderr, flush=True)
 
     def _copy_often(self) -> None:
         while not self._closed:

@@ -173,7 +173,7 @@ def _join(place: Place, seconds: float, peer_seconds: float) -> None:
     def give_up() -> None:
         missing = f"not all processes have come{where} within {seconds:.0f} s"
         hint = "is each of them started, and can it reach that address?"
-        peers.end(peers.EXIT_LOST, f"{me}: {missing}; {hint}")
+        peers.end(peers.EXIT_LOST, f"error: {me}: {missing}; {hint}")
 
     # JAX's own limit ends the process without a word that a user would understand.
     timers = [threading.Timer(_PATIENCE, say), threading.Timer(seconds, give_up)]

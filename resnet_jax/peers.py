@@ -31,7 +31,7 @@ _VERDICT, _LIFE, _AGREE = "resnet_jax/verdict", "resnet_jax/life/", "resnet_jax/
 
 def end(status: int, message: str) -> NoReturn:
     """Ends this process at once: others may be gone, and an orderly end would wait for them."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)
 
@@ -85,8 +85,8 @@ class Peers:
 
     def fail(self, status: int, message: str) -> NoReturn:
         """Ends all processes with this status, for a reason that is this one's own."""
-        self._judge(status, f"{self._who}: {message}")
-        end(status, message)
+        self._judge(status, f"error: {self._who}: {message}")
+        end(status, f"error: {message}")
 
     def dismiss(self, status: int, message: str) -> None:
         """Ends all the other processes with this status; the caller ends this one, at once."""
@@ -118,7 +118,7 @@ class Peers:
         if distributed.leads():
             self._judge(0, "")  # Wakes who waits for a verdict.
         # JAX would wait longer for a process that is lost from here on, and crash then.
-        timer = threading.Timer(self._seconds, end, (EXIT_LOST, "all is done, but another process did not end well"))
+        timer = threading.Timer(self._seconds, end, (EXIT_LOST, "error: all is done, but a process did not end well"))
         timer.daemon = True
         timer.start()
         for thread in self._threads:
@@ -169,7 +169,7 @@ class Peers:
                 known[key] = (life, now)
             elif now - known[key][1] > self._seconds and not self._closed:
                 last = json.loads(life) if life else {"who": f"process {process}", "step": 0, "doing": "starting"}
-                message = f"{last['who']} was lost at step {last['step']} ({last['doing']}):"
+                message = f"error: {last['who']} was lost at step {last['step']} ({last['doing']}):"
                 message += f" silent for {self._seconds:.0f} s; the same command goes on from the last checkpoint"
                 self._judge(EXIT_LOST, message)
                 end(EXIT_LOST, message)

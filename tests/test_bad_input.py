@@ -188,8 +188,8 @@ def test_vgg_below_its_fully_connected_layers_size_is_refused():
         jax.eval_shape(create_model("vgg16").init, jax.random.key(0), images)
 
 
-def test_a_work_directory_in_a_bucket_is_refused(tmp_path):
-    mentions(main_refused("--config=digits_20", "--workdir=gs://bucket/run", cwd=tmp_path), "gs://bucket/run", "local")
+def test_a_work_directory_of_another_store_than_gs_is_refused(tmp_path):
+    mentions(main_refused("--config=digits_20", "--workdir=s3://bucket/run", cwd=tmp_path), "s3://bucket/run", "gs://")
 
 
 def test_a_dangling_link_in_an_image_folder_is_named(folder):

@@ -109,7 +109,7 @@ def identities(height: int, width: int, per_cell: int, level: int = 0) -> jax.Ar
 def inside(anchors: jax.Array, height: jax.Array | float, width: jax.Array | float, border: float = 0.0) -> jax.Array:
     """Which of [..., 4] lie within an image of that size, or reach at most ``border`` pixels beyond it: bool [...].
 
-    Faster R-CNN trains on these alone (section 3.1.3); detectron2 on all anchors.
+    Faster R-CNN trains on these alone (section 3.3); detectron2 on all anchors.
     """
     left, top, right, bottom = jnp.moveaxis(anchors, -1, 0)
     return (left >= -border) & (top >= -border) & (right <= width + border) & (bottom <= height + border)

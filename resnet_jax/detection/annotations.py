@@ -205,7 +205,9 @@ def for_training(annotations: Annotations, difficult: bool = False, without_boxe
         if without_boxes or keep.any():
             images.append(image if keep.all() else image.select(keep))
     if not any(len(image.boxes) for image in images):
-        raise UsageError("no box to train on in the training set (crowds, and difficult boxes unless asked for, are not)")
+        raise UsageError(
+            "no box to train on in the training set (crowds, and difficult boxes unless asked for, are not)"
+        )
     return dataclasses.replace(annotations, images=tuple(images))
 
 

@@ -22,6 +22,14 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def zero_of(*arrays: jax.Array) -> jax.Array:
+    """An int32 0 that counts as computed from ``arrays``: what a loop over them starts from.
+
+    In shard_map a loop's state must vary over the devices from the start, if it comes to do so by what is read.
+    """
+    return sum(x[:0].astype(jnp.int32).sum(dtype=jnp.int32) for x in map(jnp.asarray, arrays))
+
+
 def sides(boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Widths and heights [...] of boxes [..., 4]; an inverted box has negative ones."""
     boxes = at_least_float32(boxes)

@@ -161,7 +161,9 @@ def _annotation(
     return box, label[category], bool(crowd), area
 
 
-def _annotated(image: Mapping[str, Any], found: list[tuple[tuple[float, ...], int, bool, float | None]]) -> AnnotatedImage:
+def _annotated(
+    image: Mapping[str, Any], found: list[tuple[tuple[float, ...], int, bool, float | None]]
+) -> AnnotatedImage:
     boxes, labels, crowd, area = zip(*found, strict=True) if found else ((), (), (), ())
     return annotated_image(
         image["id"], image["path"], image["width"], image["height"], boxes, labels, crowd=crowd, area=area

@@ -11,8 +11,8 @@ from resnet_jax.detection.annotations import Annotations, Detections
 from resnet_jax.detection.result_files import coco_results
 from resnet_jax.errors import UsageError
 
-# In pycocotools' order. AP: mean over IoU .50:.05:.95; small, medium, large: areas below 32^2, below 96^2, above; AR: the
-# best recall with 1, 10, 100 detections of a class in an image.
+# In pycocotools' order. AP: mean over IoU .50:.05:.95; s, m, l: boxes whose area is below 32^2, below 96^2, above;
+# AR: the best recall with 1, 10, 100 detections of a class in an image.
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 

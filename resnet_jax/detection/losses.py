@@ -21,12 +21,11 @@ def smooth_l1(errors: jax.Array, beta: float) -> jax.Array:
     detectron2's default.
     """
     errors = box_ops.at_least_float32(errors)
-    size = jnp.abs(errors)
+    size = errors * jnp.sign(errors)  # Unlike jnp.abs, without a gradient at 0.
     if not beta:
         return size
-    # Rather than a choice between two branches, of which the one not taken may overflow into the gradient.
-    within = jnp.minimum(size, beta)
-    return within * within / (2 * beta) + (size - within)
+    within = jnp.clip(errors, -beta, beta)  # Where the square is not taken it shall not overflow either.
+    return jnp.where(size < beta, within * within / (2 * beta), size - beta / 2)
 
 
 def mean_of_sampled(losses: jax.Array, sampled: jax.Array) -> jax.Array:
@@ -101,4 +100,4 @@ def head_losses(
     classes = mean_of_sampled(class_losses(logits, labels), sampled)
     own = jnp.clip(labels - 1, 0, codes.shape[1] - 1)
     codes = jnp.take_along_axis(codes, own[:, None, None], axis=1)[:, 0]
-    return classes, mean_of_sampled(box_losses(codes, targets, (labels > 0) & sampled, beta), sampled)
+    return classes, mean_of_sampled(box_losses(codes, targets, labels > 0, beta), sampled)

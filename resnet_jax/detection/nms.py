@@ -7,6 +7,9 @@ changes. The first t boxes are right after t rounds, so that this ends, and ends
 many rounds as the longest chain of boxes in which each decides on the next, which is a handful in practice. Memory is
 O(N + block^2) beside the kept ones, every step is a dense operation on vectors, and blocks after the last box needed
 are not looked at.
+
+Of a batch (vmap) the image that takes longest decides for how long the loops run. Over several devices that makes
+them wait for each other at every round, unless each has its images to itself (``jax.shard_map``).
 """
 
 import jax
@@ -87,9 +90,11 @@ def _suppress(boxes, scores, classes, valid, threshold, keep, block):
     sorted_classes = None if classes is None else in_blocks(classes)
     # Kept boxes lie in blocks too, so that only the blocks that hold some are looked at.
     kept_size = keep + -keep % block
-    kept = {"rank": jnp.zeros(kept_size, jnp.int32), "boxes": jnp.zeros((kept_size, 4), sorted_boxes.dtype)}
+    zero = box_ops.zero_of(boxes, scores, valid, *(() if classes is None else (classes,)))
+    kept = {"rank": zero, "boxes": jnp.full(4, zero, sorted_boxes.dtype)}
     if classes is not None:
-        kept["classes"] = jnp.zeros(kept_size, classes.dtype)
+        kept["classes"] = zero.astype(classes.dtype)
+    kept = {name: jnp.broadcast_to(x, (kept_size, *x.shape)) for name, x in kept.items()}
     earlier = jnp.triu(jnp.ones((block, block), bool), 1)  # [i, j]: i comes before j.
 
     def overlaps(some, some_classes, others, other_classes):
@@ -111,7 +116,7 @@ def _suppress(boxes, scores, classes, valid, threshold, keep, block):
             return alive & ~(close & filled[:, None]).any(0)
 
         parts = (kept_count + block - 1) // block
-        alive = jax.lax.fori_loop(0, parts, against_kept, rank < valid_count)
+        alive = jax.lax.fori_loop(0, parts, against_kept, rank < valid_count + zero)
 
         close = overlaps(candidates, candidate_classes, candidates, candidate_classes) & earlier
 
@@ -131,7 +136,7 @@ def _suppress(boxes, scores, classes, valid, threshold, keep, block):
         number, kept_count, _ = state
         return (number * block < valid_count) & (kept_count < keep)
 
-    start = (jnp.int32(0), jnp.int32(0), kept)
+    start = (zero, zero, kept)
     _, kept_count, kept = jax.lax.while_loop(more, look_at_block, start)
     stays = jnp.arange(keep) < kept_count
     return jnp.where(stays, order[kept["rank"][:keep]], 0), stays
@@ -148,8 +153,8 @@ def vote(
 ) -> jax.Array:
     """Box voting: each kept box becomes the mean, weighted by score, of all that overlap it (appendix B).
 
-    The boxes that suppression removed know something of where the object ends (Gidaris and Komodakis, 2015,
-    section 5). Scores stay as they are.
+    The boxes that suppression removed know something of where the object ends (Gidaris and Komodakis, 2015). Scores
+    stay as they are.
 
     Args:
       kept: [K, 4], what ``classwise_nms`` kept.

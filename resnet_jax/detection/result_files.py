@@ -29,7 +29,7 @@ def coco_results(annotations: Annotations, detections: Sequence[Detections]) -> 
     """The entries of COCO's result format: image_id, category_id, bbox [left, top, width, height], score.
 
     Args:
-      annotations: the images that ``detections`` are of.
+      annotations: the images that ``detections`` are of; ids that are names (VOC's) stay so.
       detections: one per image.
     """
     check_detections(annotations, detections)
@@ -115,9 +115,7 @@ def write_voc_results(
             ):
                 lines.append(f"{image.id} {score!r} {left + 1!r} {top + 1!r} {right!r} {bottom!r}\n")
         content = "".join(lines).encode()
-        write_whole(
-            _voc_file(root, image_set, name, competition), lambda file, content=content: file.write(content)
-        )
+        write_whole(_voc_file(root, image_set, name, competition), lambda file, content=content: file.write(content))
 
 
 def read_voc_results(

@@ -59,7 +59,7 @@ def _pool_bins(low: jax.Array, high: jax.Array, scale: float, size: int, extent:
     """First cell of each bin, and the one after its last: int32 [R, size] each, from a box's edges [R]."""
     first = _round(low * scale)
     cells = jnp.maximum(_round((high - 1) * scale) - first + 1, 1)[:, None]
-    bins = jnp.arange(size)
+    bins = jnp.arange(size, dtype=jnp.int32)
     start = first[:, None] + bins * cells // size
     end = first[:, None] - (-(bins + 1) * cells // size)
     return jnp.clip(start, 0, extent), jnp.clip(end, 0, extent)
@@ -86,7 +86,8 @@ def _largest(features, top, bottom, left, right):
         return jnp.where(better, value, best), jnp.where(better, cell[..., None], where)
 
     shape = (len(top), top.shape[1], left.shape[1], channels)
-    nothing = jnp.full(shape, -jnp.inf, features.dtype), jnp.zeros(shape, jnp.int32)
+    zero = box_ops.zero_of(features, top, left)
+    nothing = jnp.full(shape, zero - jnp.inf, features.dtype), jnp.full(shape, zero)
     return jax.lax.fori_loop(0, most_rows * most_columns, look, nothing)
 
 
@@ -158,7 +159,7 @@ def _align_weights(
     length = (length if aligned else jnp.maximum(length, 1))[:, None, None]
     most = samples or -(-cells // size) + 1
     count = samples or jnp.clip(jnp.ceil(length / size), 1, most)
-    sample = jnp.arange(most)
+    sample = jnp.arange(most)  # From here on [R, size, samples].
     position = first + length / size * (jnp.arange(size)[:, None] + (sample + 0.5) / count)
     counts = (sample < count) & (position >= -1) & (position <= extent)
     position = jnp.clip(position, 0, extent - 1)

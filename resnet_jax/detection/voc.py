@@ -87,7 +87,11 @@ def read_devkit(
 
 
 def read_voc(
-    folder: str, image_set: str, classes: tuple[str, ...] | None = CLASSES, labelled: bool = True, on_error: str = "raise"
+    folder: str,
+    image_set: str,
+    classes: tuple[str, ...] | None = CLASSES,
+    labelled: bool = True,
+    on_error: str = "raise",
 ) -> Annotations:
     """Reads the annotations of one image set of a year, or of a folder laid out so; decodes no image.
 

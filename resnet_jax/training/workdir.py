@@ -41,10 +41,9 @@ def read_json(path: Folder) -> dict[str, Any] | None:
         return None
     except NotADirectoryError as error:
         raise UsageError(f"--workdir={path.parent}: not a folder") from error
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path}: not readable ({error})") from error
-    except Exception as error:  # Of gcsfs, aiohttp or google.auth.
-        raise UsageError(f"{path}: not readable ({buckets.reason(error)})") from error
+    except Exception as error:  # Of a bucket there are many kinds.
+        why = buckets.reason(error) if in_bucket(path) else error
+        raise UsageError(f"{path}: not readable ({why})") from error
 
 
 def check_recipe(workdir: Folder, values: dict[str, Any], training: bool) -> None:

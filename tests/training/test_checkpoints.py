@@ -3,6 +3,7 @@
 import datetime
 import functools
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -21,15 +22,18 @@ from resnet_jax.distributed import make_mesh, replicate
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.output import write_json
 from resnet_jax.run import run_classification
 from resnet_jax.training import stored
 from resnet_jax.training.checkpoints import Checkpoints, SaveFailed, latest_step, load_run_weights
 from resnet_jax.training.fingerprint import fingerprints
 from resnet_jax.training.loop import Training
 from resnet_jax.training.metrics import MetricsWriter
+from resnet_jax.training.results import write_results
 from resnet_jax.training.schedules import initial_schedule_state
 from resnet_jax.training.state import TrainState
-from resnet_jax.training.workdir import open_workdir
+from resnet_jax.training.task import Evaluation
+from resnet_jax.training.workdir import check_writable, open_workdir, read_json
 
 
 def make_state(step: int, width: int = 300) -> TrainState:
@@ -420,6 +424,25 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_save_fails_it(disk):
     checkpoints.close()
     assert on_disk(workdir) == [1]
     assert restore(workdir) == (1, [])
+
+
+def test_results_that_a_full_disk_does_not_take_are_one_line(disk):
+    workdir = disk("-t", "tmpfs", "-o", "size=1m", "tmpfs")
+    evaluation = Evaluation({"top1_error": 1.0}, {"probabilities": np.ones(10_000)})
+    write_results(workdir, {"step": 1}, evaluation)
+    fill(workdir)
+    with pytest.raises(UsageError, match=r"predictions\.npz: can't be written \(No space left on device\)"):
+        write_results(workdir, {"step": 2}, evaluation)
+    with pytest.raises(UsageError, match=r"summary\.json: can't be written \(No space left on device\)"):
+        write_json(workdir / "summary.json", {"step": 2})
+    assert read_json(workdir / "summary.json")["step"] == 1
+    assert sorted(os.listdir(workdir)) == ["ballast", "predictions.npz", "summary.json"]
+
+
+def test_a_disk_that_may_only_be_read_is_called_so(disk):
+    workdir = disk("-t", "tmpfs", "-o", "ro", "tmpfs")
+    with pytest.raises(UsageError, match=f"can't be written \\(read-only file system: {workdir}\\)"):
+        check_writable(workdir / "run")
 
 
 def test_logs_go_on_after_a_full_disk_with_nothing_missing(disk, capfd):
