@@ -79,7 +79,7 @@ install() {
   do_it gcloud compute tpus tpu-vm scp "$archive" "$name:$archive" "${where[@]}" --worker=all
   on_all "set -e; mkdir -p resnet_jax; tar -xzf $archive -C resnet_jax; cd resnet_jax
 python3 -m pip install -q --user uv; PATH=~/.local/bin:\$PATH
-uv venv -q --clear --python=3.12; uv pip install -q -c constraints.txt -e '.[tpu]'
+uv venv -q --clear --python=3.12; uv pip install -q -c constraints.txt -e '.[tpu,gcs]'
 ${SETUP:-true}"
 }
 

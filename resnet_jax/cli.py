@@ -74,6 +74,8 @@ def run(main: Callable[..., int | None], usage: str, needs: Sequence[str] = (), 
             _fail(error)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
+            if _peers():
+                _peers().dismiss(130, "interrupted")
             sys.stdout.flush()
             os._exit(130)  # JAX's threads may be at work, which an orderly end would pull the ground from under.
         except BrokenPipeError:  # Whoever read our output has seen enough.

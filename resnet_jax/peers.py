@@ -21,12 +21,12 @@ from resnet_jax.errors import UsageError
 
 # sysexits.h calls 69 a service that is not available: another process of the run is lost.
 EXIT_LOST = 69
-_AGREE_SECONDS = 600  # How long the others may take to come to where all must agree.
+_PATIENCE = 60  # Seconds after which process 0 says for whom it waits.
 _STALL_SECONDS = 300  # When nothing moves for so long, process 0 says who is behind.
 _BEAT = 1.0  # Seconds between two signs of life.
 # What errors say where what processes do together was broken off, on CPUs, GPUs and TPUs.
 _BROKEN_OFF = ("gloo", "nccl", "collective", "connection", "coordination", "unavailable", "barrier", "aborted")
-_VERDICT, _LIFE, _AGREE = "resnet_jax/verdict", "resnet_jax/life/", "resnet_jax/agree/"
+_VERDICT, _LIFE, _AGREE, _TOLD = (f"resnet_jax/{name}" for name in ("verdict", "life/", "agree/", "told/"))
 
 
 def end(status: int, message: str) -> NoReturn:
@@ -62,26 +62,35 @@ class Peers:
           what: tells this check from others.
           values: by name, for the message.
 
+        Waits for as long as the others are alive, and says for whom.
+
         Raises:
-          UsageError: some process has others, or did not come; it says which.
+          UsageError: some process has others; it says which.
         """
-        key, limit = f"{_AGREE}{what}/", 1000 * _AGREE_SECONDS
+        key = f"{_AGREE}{what}/"
         own = json.loads(json.dumps(values))
         self._client.key_value_set(f"{key}{jax.process_index()}", json.dumps([self._who, own]))
         if distributed.leads():
             found = ""
             for other in range(1, jax.process_count()):
-                try:
-                    who, theirs = json.loads(self._client.blocking_key_value_get(f"{key}{other}", limit))
-                except jax.errors.JaxRuntimeError:
-                    found = found or f"process {other} has not come to the start within {_AGREE_SECONDS} s"
-                    continue
+                who, theirs = json.loads(self._wait_for(f"{key}{other}", f"process {other}"))
                 differences = differing(theirs, own)
                 found = found or (differences and f"{who} differs from {self._who}: {differences}")
             self._client.key_value_set(f"{key}found", found)
-        found = self._client.blocking_key_value_get(f"{key}found", 2 * limit)
+        found = self._wait_for(f"{key}found")
         if found:
             raise UsageError(found)
+
+    def _wait_for(self, key: str, who: str = "") -> str:
+        """What another process writes there, said to be waited for; should that one be lost, this one ends too."""
+        while True:
+            try:
+                return self._client.blocking_key_value_get(key, 1000 * _PATIENCE)
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+                if who:
+                    print(f"waiting for {who}, which is still starting", file=sys.stderr, flush=True)
 
     def fail(self, status: int, message: str) -> NoReturn:
         """Ends all processes with this status, for a reason that is this one's own."""
@@ -92,6 +101,18 @@ class Peers:
         """Ends all the other processes with this status; the caller ends this one, at once."""
         self.close()
         self._judge(status, f"{self._who}: {message}")
+
+    def tell(self, what: str, text: str) -> None:
+        """Leaves word for the other processes; the first word stays."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._client.key_value_set(f"{_TOLD}{what}", text)
+
+    def told(self, what: str) -> str | None:
+        """What a process has left word of; None if none has."""
+        try:
+            return self._client.key_value_try_get(f"{_TOLD}{what}")
+        except jax.errors.JaxRuntimeError:
+            return None
 
     def wait_for_verdict(self, error: Exception) -> None:
         """After an error that may come of another process's end: waits as long as it takes to find out."""
@@ -188,9 +209,11 @@ def warn_of_stall(lives: list[dict[str, Any]], before: tuple[int, ...], since: f
     if progress != before:
         return progress, now
     if now - since > _STALL_SECONDS:
-        last = min(lives, key=lambda life: life["progress"])
-        print(f"warning: nothing has moved for {now - since:.0f} s; the furthest behind is {last['who']}, at step"
-              f" {last['step']} ({last['doing']})", file=sys.stderr, flush=True)  # fmt: skip
+        last = [life for life in lives if life["progress"] == min(progress)]
+        them = ", ".join(f"{life['who']} at step {life['step']} ({life['doing']})" for life in last[:4])
+        more = f" and {len(last) - 4} more" if len(last) > 4 else ""
+        print(f"warning: nothing has moved for {now - since:.0f} s; furthest behind: {them}{more}",
+              file=sys.stderr, flush=True)  # fmt: skip
         return progress, now
     return before, since
 

@@ -70,12 +70,14 @@ def run_classification(
 def _run(
     config: ml_collections.ConfigDict, workdir: Folder, mode: str, explicit: Collection[str], stop: StopSignal
 ) -> int:
+    done = latest_step(workdir)
     if peers.peers():
         own = {field.name for field in FIELDS if field.unit == "path" and not field.recipe}  # As disks are mounted.
         shared = {name: value for name, value in flatten(config).items() if name not in own}
         peers.peers().agree(f"config {config.seed}", {"mode": mode, "code": code_version()} | shared)
+        seen = {"its newest checkpoint": done, "its config.json": read_json(workdir / "config.json")}
+        peers.peers().agree(f"workdir {config.seed}", seen)  # Also where nothing is written, which would tell.
     check_writable(workdir)
-    done = latest_step(workdir)
     only_evaluated = done is None and (workdir / "summary.json").is_file() and not (workdir / "metrics.jsonl").exists()
     if not only_evaluated:  # There nothing is lost by another recipe.
         check_recipe(workdir, flatten(config), training=mode == "train")
@@ -141,11 +143,12 @@ def run_seeds(
         status = run_classification(config, workdir / f"seed_{seed}", mode, explicit)
         if status:
             return status
-        results = results_folder(workdir / f"seed_{seed}", name, protocol)
-        errors[str(seed)] = read_json(results / "summary.json")["top1_error"]
-    found = {"top1_error": errors, **spread(list(errors.values()))}
+        if distributed.leads():  # Who has written them.
+            results = results_folder(workdir / f"seed_{seed}", name, protocol)
+            errors[str(seed)] = read_json(results / "summary.json")["top1_error"]
     if not distributed.leads():
         return 0
+    found = {"top1_error": errors, **spread(list(errors.values()))}
     where = workdir / ("seeds.json" if results.name.startswith("seed_") else f"seeds_{results.name}.json")
     write_json(where, found)
     deviation = "" if found["std"] is None else f" +- {found['std']:.2f}"

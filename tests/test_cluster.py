@@ -83,8 +83,7 @@ def test_a_stall_is_told_of_by_who_is_furthest_behind(monkeypatch, capsys):
     for _ in range(5):  # At 0, 100, ..., 400 s.
         moved = peers.warn_of_stall(lives, *moved)
     told = capsys.readouterr().err
-    assert told == ("warning: nothing has moved for 400 s; the furthest behind is process 1 (host1), at step 39"
-                    " (training)\n")  # fmt: skip
+    assert told == "warning: nothing has moved for 400 s; furthest behind: process 1 (host1) at step 39 (training)\n"
     lives[1] = lives[1] | {"progress": 91}
     moved = peers.warn_of_stall(lives, *moved)
     assert not capsys.readouterr().err

@@ -21,6 +21,7 @@ from resnet_jax.locks import lock
 from resnet_jax.output import write_json, write_whole
 from resnet_jax.paper.runs import find_runs, read_run
 from resnet_jax.pretrained.source import read_weights
+from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.metrics import MetricsWriter
 from resnet_jax.training.workdir import check_writable, read_json
 
@@ -257,6 +258,7 @@ def test_no_credentials_or_no_permission_is_one_line(status, monkeypatch):
             "written": lambda: check_writable(folder),
             "written by": lambda: write_json(folder / "config.json", {}),
             "readable": lambda: read_json(folder / "config.json"),
+            "looked through": lambda: latest_step(folder),
             "read": lambda: read_weights("gs://runs/mine", None),
             "read by": lambda: find_runs(["gs://runs/mine"]),
         }

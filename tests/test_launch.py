@@ -267,13 +267,13 @@ def job(folder: pathlib.Path, status: int, **variables: str) -> tuple[subprocess
 @pytest.mark.parametrize(
     ("status", "restarts", "again"),
     [(0, "0", False), (1, "0", False), (2, "0", False), (130, "0", False), (75, "0", True), (75, "500", True),
-     (69, "0", True), (69, "9", True), (69, "10", False)],
+     (69, "0", True), (69, "9", True), (69, "10", False), (134, "0", True), (137, "9", True), (137, "10", False)],
 )  # fmt: skip
 def test_slurm_requeues_what_was_preempted_and_what_lost_a_peer_ten_times(tmp_path, status, restarts, again):
     done, rest = job(tmp_path, status, SLURM_RESTART_COUNT=restarts)
     assert rest == (["scontrol requeue 4711"] if again else [])
     assert ("back into the queue" in done.stdout) == again
-    assert ("restarts are used up" in done.stderr) == (status == 69 and not again)
+    assert ("restarts are used up" in done.stderr) == (status in (69, 134, 137, 139) and not again)
 
 
 def test_slurms_first_start_has_no_restart_count_and_the_limit_is_a_setting(tmp_path):

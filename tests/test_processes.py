@@ -265,3 +265,52 @@ def test_sigterm_in_the_first_compilation_ends_all_at_once(tmp_path, processes):
     for end in ends:
         assert (end.status, end.err.splitlines()[-1].endswith("; nothing was lost")) == (75, True), end.err
     assert not (tmp_path / "run/checkpoints").exists() or not any((tmp_path / "run/checkpoints").iterdir())
+
+
+# A process whose files may not grow from its second checkpoint on, as where a quota or a disk of its own is full.
+FULL_FOR_ONE = """
+import resource, signal
+from resnet_jax.training import checkpoints
+checkpoints._ALONE = 3.0
+save = checkpoints.Checkpoints.save
+def save_or_not(self, state, step, *rest):
+    if NUMBER == 1 and step >= 8:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+    return save(self, state, step, *rest)
+checkpoints.Checkpoints.save = save_or_not
+"""
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_in_one_process_alone_ends_all_and_the_run_goes_on_from_the_one_before(tmp_path):
+    port, flags = free_port(), (f"--workdir={tmp_path / 'run'}", "--config.steps=14", "--config.checkpoint.every=4")
+    codes = [f"NUMBER = {i}\n{FULL_FOR_ONE}{TINY}" for i in range(2)]
+    ends = finish([start(i, 2, port, *flags, code=code) for i, code in enumerate(codes)])
+    for end in ends:
+        assert end.status == 1, end.err
+        assert "error: " in end.err and "step 8 could not be saved by every process" in end.err
+        assert "Traceback" not in end.err
+    ends = run(2, *flags)
+    went_well(ends)
+    assert "resuming from step 4" in ends[0].out
+
+
+@pytest.mark.slow
+def test_several_seeds_by_two_processes(tmp_path):
+    wait = "loop.write_results = lambda *a, write=loop.write_results: (time.sleep(3), write(*a))\n"
+    slow_leader = TINY.replace("sys.argv[0]", f"import time\nfrom resnet_jax.training import loop\n{wait}sys.argv[0]")
+    ends = run(2, f"--workdir={tmp_path / 'run'}", "--config.steps=3", "--seeds=0,1", code=slow_leader)
+    went_well(ends)
+    found = json.loads((tmp_path / "run/seeds.json").read_text())
+    for seed in ("0", "1"):
+        assert found["top1_error"][seed] == summary(tmp_path / f"run/seed_{seed}")["top1_error"]
+
+
+@pytest.mark.slow
+def test_an_evaluation_where_the_folder_is_not_shared_is_refused(alone, tmp_path):
+    port, kind = free_port(), of_kind("global", "float64")
+    shutil.copytree(alone("global", "float64"), tmp_path / "0")
+    flags = "--mode=eval", TEN, *kind, f"--config.init.weights={alone('global', 'float64')}"
+    ends = finish([start(i, 2, port, f"--workdir={tmp_path / str(i)}", *flags) for i in range(2)])
+    refused(ends, "process 1", "newest checkpoint", "None, not 10")

@@ -16,7 +16,7 @@ from resnet_jax.errors import UsageError
 from resnet_jax.models.layers import storage_dtype
 from resnet_jax.models.registry import create_model
 from resnet_jax.planning.estimate import Compiled, Estimate, compile_step, estimate
-from resnet_jax.planning.memory import group_of, largest_that_fits
+from resnet_jax.planning.memory import group_of, largest_that_fits, unit_of
 from resnet_jax.planning.topology import Topology
 from resnet_jax.training.optimizer import make_optimizer
 
@@ -154,7 +154,8 @@ def plan(
     size = batch_per_device or config.batch_size // mesh.size
     compiled, largest = compiled_of(size), None
     if not compiled.fits:
-        unit = group_of(config.model.batch_norm) * config.optimizer.accumulate
+        parts = config.optimizer.accumulate
+        unit = unit_of(group_of(config.model.batch_norm), size // parts, mesh.size, parts) * parts
         progress(f"does not fit; looking for the largest multiple of {unit} that does")
         tried = list(largest_that_fits(lambda smaller: compiled_of(smaller).fits, size, unit))
         largest = max((smaller for smaller, fits in tried if fits), default=0)

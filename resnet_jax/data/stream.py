@@ -4,7 +4,7 @@ Every pixel follows from (seed, epoch, example) and every batch from the step's 
 workers nor of hosts changes what is learnt, and there is no state to save.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 import dataclasses
 import errno
 import itertools
@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from absl import flags
 import grain
@@ -28,6 +28,7 @@ from resnet_jax.data.order import Order
 from resnet_jax.errors import UsageError
 
 Batch = dict[str, np.ndarray]
+_Result = TypeVar("_Result")
 FIELDS = ("images", "labels", "index", "epoch", "valid")
 # Examples that a worker reads at a time: enough to make its own costs small, few enough to share a batch out.
 _PIECE = 128
@@ -104,9 +105,40 @@ class EvaluationPlan:
         return index, np.zeros_like(index)
 
 
+class PieceReader(Protocol):
+    """What Grain's workers call; it goes to them whole."""
+
+    @property
+    def rows(self) -> Rows:
+        """How batches are cut into pieces."""
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Piece ``number``, pieces counted from step 0: arrays, and ``broken`` as ``Reader`` gives it."""
+
+
+def own_pages(*shape: int) -> np.ndarray:
+    """Zeros, uint8, in pages that go back when it is let go of; malloc would keep the largest batch of each thread."""
+    memory = mmap.mmap(-1, math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.ndarray(shape, np.uint8, memory)
+
+
+def patiently(read: Callable[..., _Result], *arguments: Any) -> _Result:
+    """What ``read`` gives, once a network file system got over an OSError that it may get over."""
+    for pause in _PAUSES:
+        try:
+            return read(*arguments)
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+            time.sleep(pause)
+    return read(*arguments)
+
+
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Reads pieces of batches; what Grain's workers call.
+    """Reads pieces of batches of examples of one shape; a ``PieceReader``.
 
     Attributes:
       views: the examples' pixels.
@@ -121,24 +153,24 @@ class Reader:
     seed: int
     broken: str
 
+    @property
+    def rows(self) -> Rows:
+        return self.plan.rows
+
     def __call__(self, number: int) -> dict[str, Any]:
         """Piece ``number``: ``images`` uint8 [n, *crop.shape], ``labels``, ``index`` and ``epoch`` int32 [n],
         ``valid`` bool [n], and ``broken``, where and why, of each example that could not be read.
         """  # fmt: skip
         index, epoch = self.plan.piece(number)
         index, examples, shape = index.copy(), self.views.examples, self.views.crop.shape
-        # Pages of its own, which go back when it is let go of; malloc would keep the largest batch of each thread.
-        memory = mmap.mmap(-1, len(index) * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        images = np.ndarray((len(index), *shape), np.uint8, memory)
+        images = own_pages(len(index), *shape)
         labels, valid, broken, in_a_row = np.zeros(len(index), np.int32), index >= 0, [], 0
         for row in np.flatnonzero(valid):
             while True:
                 i = int(index[row])
                 uniforms = example_uniforms(self.seed, int(epoch[row]), i, self.views.crop.draws)
                 try:
-                    images[row], labels[row] = self._patiently(i, uniforms)
+                    images[row], labels[row] = patiently(self.views, i, uniforms)
                     in_a_row = 0
                     break
                 except (OSError, BrokenImage) as error:
@@ -158,21 +190,12 @@ class Reader:
             "images": images, "labels": labels, "index": index, "epoch": epoch, "valid": valid, "broken": tuple(broken),
         }  # fmt: skip
 
-    def _patiently(self, i: int, uniforms: np.ndarray) -> tuple[np.ndarray, int]:
-        for pause in _PAUSES:
-            try:
-                return self.views(i, uniforms)
-            except OSError as error:
-                if error.errno not in _PASSING:
-                    raise
-                time.sleep(pause)
-        return self.views(i, uniforms)
-
 
 def _begin_worker(worker: int, workers: int) -> None:
-    """Leaves Ctrl-C, which reaches workers too, to the process that trains, and ends when that one does."""
+    """Leaves Ctrl-C and SIGTERM, which reach workers too, to the process that trains, and ends when that one does."""
     del worker, workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
     def follow() -> None:
         multiprocessing.parent_process().join()
@@ -189,7 +212,7 @@ class Batches:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: PieceReader,
         first: int,
         end: int,
         workers: int,
@@ -210,7 +233,7 @@ class Batches:
         """
         self._fields = fields
         self.broken: dict[str, str] = {} if broken is None else broken
-        self._pieces = reader.plan.rows.pieces
+        self._pieces = reader.rows.pieces
         numbers = grain.MapDataset.range(first * self._pieces, end * self._pieces)
         dataset = numbers.map(reader)
         if not workers or processes:

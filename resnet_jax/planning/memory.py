@@ -75,6 +75,14 @@ def group_of(batch_norm: str) -> int:
     return int(size) if name == "group" and size.isdecimal() else 1
 
 
+def unit_of(group: int, at_once: int, devices: int, accumulate: int) -> int:
+    """The numbers of examples that a device may take at once, BN groups kept whole, are multiples of this.
+
+    Groups that span devices stay whole in the batch; parts of a batch have them whole on the device.
+    """
+    return group if accumulate > 1 or at_once % group == 0 else math.lcm(group, devices) // devices
+
+
 def advise(
     memory: Memory | None, limit: int | None, batch_size: int, devices: int, accumulate: int, batch_norm: str
 ) -> str:
@@ -100,8 +108,7 @@ def advise(
         needs = f"{at_once} images at once on a device are too many"
         fitting = at_once / 2
     most = int(min(fitting, at_once - 1))
-    # Groups that span devices stay whole in the batch; parts of one have them whole on the device.
-    unit = group if accumulate > 1 or at_once % group == 0 else math.lcm(group, devices) // devices
+    unit = unit_of(group, at_once, devices, accumulate)
     smaller = most // unit * unit
     divisors = (n for n in range(accumulate + 1, own + 1) if own % n == 0)
     parts = next((n for n in divisors if own // n <= most and own // n % group == 0), None)

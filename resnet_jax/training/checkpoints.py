@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from resnet_jax import distributed
+from resnet_jax import distributed, peers
 from resnet_jax.buckets import absolute, in_bucket, move
 from resnet_jax.errors import UsageError
 from resnet_jax.training import stored
@@ -27,6 +27,9 @@ DAMAGED = "damaged"  # Beside it: damaged checkpoints that were in a run's way.
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+_ALONE = 20.0  # Seconds after which a save that failed in one process has not failed in all of them.
 
 
 class SaveFailed(Exception):
@@ -181,7 +184,7 @@ class Checkpoints:
             return
         step, done = self._saving
         self._saving, self._failure = None, None
-        error = done.exception()
+        error = self._outcome(step, done)
         if not _any_process(error is not None):
             return
         for _ in range(6):  # Parts of it that go on for a moment make their folders anew.
@@ -194,18 +197,43 @@ class Checkpoints:
         if not last:
             self._tell(f"warning: step {step} could not be saved: {why}; training goes on, {newest}")
 
+    def _outcome(self, step: int, done: concurrent.futures.Future) -> BaseException | None:
+        """Waits for a save, and says why it failed if it did.
+
+        Ends all processes where it failed in some of them alone: the others would wait for those for ever, and no later
+        save could bring them together again.
+        """
+        others, since = peers.peers(), None
+        if others is None:
+            return done.exception()
+        while True:
+            try:
+                error = done.exception(timeout=1)
+                if error is not None:
+                    others.tell(f"save {step} failed", stored.reason(error))
+                return error
+            except TimeoutError:
+                why = others.told(f"save {step} failed")
+                since = since or (why and time.monotonic())
+                if why and time.monotonic() - since > _ALONE:
+                    others.fail(1, f"step {step} could not be saved by every process: {why}")
+
     def _pass_over(self, step: int, why: str, instead: int) -> None:
         """Tells of a damaged checkpoint; one that would be in the way of saving its step again is moved aside."""
         self._steps = [s for s in self._steps if s != step]
         moved = ""
         if self._write and distributed.leads():
             aside = self._folder.parent / DAMAGED
-            if not in_bucket(aside):
-                aside.mkdir(exist_ok=True)
             names = (aside / f"{step}{suffix}" for suffix in ("", *(f".{n}" for n in range(1, 1000))))
-            target = next(path for path in names if not path.exists())
-            move(self._folder / str(step), target)
-            moved = f"; moved to {target}"
+            try:
+                if not in_bucket(aside):
+                    aside.mkdir(exist_ok=True)
+                target = next(path for path in names if not path.exists())
+                move(self._folder / str(step), target)
+                moved = f"; moved to {target}"
+            except Exception as error:  # A disk that damages may also be full. In its place nothing could be saved.
+                raise UsageError(f"{self._folder}/{step} is damaged ({why}) and can't be moved to {aside}"
+                                 f" ({stored.reason(error)}); move or remove it") from error  # fmt: skip
         self._tell(f"warning: {self._folder}/{step} is damaged ({why}){moved}; taking {instead}, the one before")
 
     def _clean(self) -> None:

@@ -66,7 +66,7 @@ class Dispatch:
         is resumed with the same command does the same arithmetic.
         """
         while step < until and not stop.asked():
-            peers.at(step, "training")
+            peers.at(step, "waiting for data")
             if self._task.streams:
                 count = 1
                 try:
@@ -77,6 +77,7 @@ class Dispatch:
             else:
                 count = self._steps if step % self._steps == 0 and step + self._steps <= until else 1
                 batch = self._place(list(itertools.islice(batches, count)))
+            peers.at(step, "training")
             self.window.start(count)
             state, metrics = self._call(self._one if count == 1 else self._many, state, batch)
             self.window.add(metrics, count)

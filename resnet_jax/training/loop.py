@@ -13,6 +13,7 @@ import ml_collections
 
 from resnet_jax import distributed, peers
 from resnet_jax.errors import UsageError
+from resnet_jax.planning.memory import is_out_of_memory
 from resnet_jax.training.checkpoints import Checkpoints, SaveFailed
 from resnet_jax.training.dispatch import Dispatch
 from resnet_jax.training.metrics import Console, MetricsWriter
@@ -125,9 +126,8 @@ class Training:
         protocol = self._config.eval.protocol
         with self._signals() as stop:
             try:
-                poll = _polling(stop, step)
-                state = change(state, poll) if change else state
-                evaluation = self._task.evaluate(state, "test", poll, protocol)
+                state = change(state, _polling(stop, step)) if change else state
+                evaluation = self._look(state, "test", step, stop, protocol)
             except Stopped:
                 self._console.line("stopped while evaluating; nothing was written")
                 return stop.exit_status
@@ -135,6 +135,16 @@ class Training:
         summary = before if before and before.get("step") == step else self._summary(step, record)
         self._report(summary, evaluation, protocol, name)
         return 0
+
+    def _look(self, state: TrainState, split: str, step: int, stop: StopSignal, protocol: str = CENTER) -> Evaluation:
+        """The task's evaluation of a split; a UsageError where the devices' memory is too small for it."""
+        try:
+            return self._task.evaluate(state, split, _polling(stop, step), protocol)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            size = self._config.eval.batch_size
+            raise UsageError(f"out of memory in evaluation: less than eval.batch_size={size} takes less") from error
 
     def _signals(self) -> contextlib.AbstractContextManager[StopSignal]:
         return contextlib.nullcontext(self._stop) if self._stop else StopSignal()
@@ -150,8 +160,9 @@ class Training:
     def _finished(self, step: int, stopped: bool) -> bool:
         summary = read_json(self._workdir / "summary.json")
         ended = step >= self._task.total_steps or stopped
-        if ended and summary and summary.get("step") == step:
-            self._console.line(f"{self._workdir} is finished: step {step}, {describe(summary)}")
+        if distributed.from_leader(ended and bool(summary) and summary.get("step") == step):
+            if distributed.leads():
+                self._console.line(f"{self._workdir} is finished: step {step}, {describe(summary)}")
             return True
         if step:
             self._console.line(f"resuming from step {step}")
@@ -187,7 +198,7 @@ class Training:
                     state, improved = self._evaluate(state, step, record, stop)
             self._save(state, step, record)
             evaluation = self._last if self._task.validation == "test" else None
-            evaluation = evaluation or self._task.evaluate(state, "test", _polling(stop, step))
+            evaluation = evaluation or self._look(state, "test", step, stop)
         except (Stopped, UsageError) as reason:
             if isinstance(reason, UsageError) and peers.peers():
                 raise  # This process's own: the others would not save with it.
@@ -216,7 +227,7 @@ class Training:
         """Evaluates by ``eval.protocol`` what has been trained, evaluated and saved."""
         protocol = self._config.eval.protocol
         try:
-            evaluation = self._task.evaluate(state, "test", _polling(stop, step), protocol)
+            evaluation = self._look(state, "test", step, stop, protocol)
         except Stopped:
             self._console.line(f"stopped in {protocol}; the run is whole, and --mode=eval evaluates it again")
             return stop.exit_status
@@ -259,7 +270,7 @@ class Training:
     def _evaluate(self, state: TrainState, step: int, record: Record, stop: StopSignal) -> tuple[TrainState, bool]:
         """Evaluates the validation split; returns the state after it, and whether it is the best so far."""
         self._window.pause()
-        evaluation = self._last = self._task.evaluate(state, self._task.validation, _polling(stop, step))
+        evaluation = self._last = self._look(state, self._task.validation, step, stop)
         error = evaluation.metrics[self._task.objective]
         self._writer.write(step, {f"{self._task.validation}_{name}": v for name, v in evaluation.metrics.items()})
         self._console.line(f"step {step}  {self._task.validation}: {describe(evaluation.metrics)}")

@@ -120,6 +120,8 @@ class StopSignal:
 
     def poll(self) -> None:
         """Raises ``Stopped`` when asked to stop, or the error that asks for it."""
+        if self.error is not None and peers.peers():  # This process has not come where the others ask next.
+            raise self.error
         if self.asked():  # First: who stops a job signals its data workers too.
             raise Stopped
         if self.error is not None:

@@ -41,6 +41,10 @@ def _entries(folder: epath.Path) -> list[epath.Path]:
         return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):  # Not is_dir: gcsfs says no to it where it can't ask the bucket.
         return []
+    except Exception as error:
+        if in_bucket(folder):
+            raise UsageError(f"{folder}: can't be read ({buckets.reason(error)})") from error
+        raise
 
 
 def half_written(entry: epath.Path) -> bool:
