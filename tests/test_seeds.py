@@ -133,6 +133,7 @@ def test_a_single_seed_has_no_deviation(seeds, capsys):
         (seeds / "seeds.json").write_bytes(before)
 
 
+@pytest.mark.slow
 def test_what_is_said_of_calibrated_seeds_are_their_errors(tmp_path, capsys):
     workdir = tmp_path / "several"
     assert run_seeds(settings(), workdir, "train", [0, 1], []) == 0
@@ -209,6 +210,7 @@ def test_wrong_lists_of_seeds_are_one_line(command, tmp_path, monkeypatch, argum
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command_trains_each_seed_in_its_folder(command, tmp_path):
     short = ["--config.model.name=tiny", "--config.steps=2", "--config.batch_size=64", "--config.epochs=0",
              "--config.schedule.name=constant", "--config.log.tensorboard=false", "--config.eval.every=0"]  # fmt: skip

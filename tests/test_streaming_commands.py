@@ -46,6 +46,7 @@ def run(folder: pathlib.Path, *arguments: str) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_shards_of_prepare_train_as_the_folder_they_were_made_of(folder, tmp_path):
     done = run(tmp_path, "-m", "resnet_jax.prepare", "--source=image_folder", "--data_dir=images", "--output=shards",
                "--mean_size=16", "--mean_resize=18")  # fmt: skip

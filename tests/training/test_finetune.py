@@ -121,6 +121,7 @@ def test_frozen_statistics_stay_while_weights_learn(pretrained, tmp_path):
             assert np.array_equal(array, before[name]) == name.startswith("batch_stats"), name
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_has_the_preprocessing_of_its_weights_also_when_it_goes_on(pretrained, tmp_path):
     folder = write_images(tmp_path / "five", 5)
     for steps in (3, 6):
@@ -167,6 +168,7 @@ def preprocessing(run: pathlib.Path) -> dict:
     return json.loads((run / "data.json").read_text())["preprocessing"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("explicit", ["data.mean", "data.std", "data.mean_image"])
 def test_what_the_command_line_says_of_mean_or_deviation_leaves_the_other_one_the_weights(
     explicit, pretrained, tmp_path
@@ -208,6 +210,7 @@ def bicubic(tmp_path) -> pathlib.Path:
     return tmp_path / "bicubic.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("explicit", "expected"),
     [

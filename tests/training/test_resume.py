@@ -244,6 +244,7 @@ def test_the_reference_run_logs_every_step_it_should(uninterrupted):
     np.testing.assert_allclose([rates[40], rates[45]], [0.05, 0.005], rtol=1e-6)  # Plateau's memory is at work.
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_an_epoch_in_a_save_and_in_an_evaluation_ends_as_if_it_never_was(
     program, uninterrupted, tmp_path
 ):
