@@ -119,10 +119,10 @@ class ResNet(nn.Module):
         """Logits [N, num_classes] of normalised images [N, H, W, C]."""
         return self.classify(self.features(images, train)[f"stage{len(self.blocks)}"])
 
-    def features(self, images: jax.Array, train: bool = False) -> dict[str, jax.Array]:
-        """The outputs of ``stem`` and of every stage (``stage1``, ...), each [N, H', W', C']."""
+    def features(self, images: jax.Array, train: bool = False, stages: int | None = None) -> dict[str, jax.Array]:
+        """The outputs of ``stem`` and of every stage (``stage1``, ...), or the first ``stages``: [N, H', W', C']."""
         x, outputs = images.astype(self.dtype), {}
-        for i, part in enumerate((self.stem_layers, *self.stages)):
+        for i, part in enumerate((self.stem_layers, *self.stages[:stages])):
             frozen = i < self.freeze_at
             x = part(x, train and not frozen)
             if frozen:

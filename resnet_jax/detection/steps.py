@@ -1,0 +1,254 @@
+"""The jitted steps of detection: joint end-to-end training of RPN and head, and inference."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+import ml_collections
+import optax
+
+from resnet_jax.data import augment
+from resnet_jax.detection.boxes import at_least_float32
+from resnet_jax.detection.detections import Predictions, best_boxes, detect, predict
+from resnet_jax.detection.losses import head_losses, rpn_losses
+from resnet_jax.detection.network import FasterRCNN, initialise, trained
+from resnet_jax.detection.per_image import for_each_image
+from resnet_jax.detection.proposals import (
+    AnchorSample,
+    Grid,
+    Proposals,
+    RoISample,
+    Truth,
+    propose,
+    sample_anchors,
+    sample_rois,
+)
+from resnet_jax.detection.settings import Settings
+from resnet_jax.training import schedules
+from resnet_jax.training.state import TrainState
+
+# ``images`` uint8 [n, H, W, 3], ``extent`` int32 [n, 2], ... : see ``batches.training_batches``.
+Batch = dict[str, jax.Array]
+# Arrays that lie on the devices throughout: mean and std of the pixels, [3] each.
+Resident = dict[str, jax.Array]
+
+
+class Forward(NamedTuple):
+    """What the losses of a batch of n images are computed from; for the parts see ``proposals``.
+
+    Attributes:
+      rpn_logits: [n, N], at every anchor.
+      rpn_codes: [n, N, 4].
+      anchors: sampled ones.
+      rois: sampled ones.
+      logits: [n, S, 1 + classes], of the RoIs.
+      codes: [n, S, classes, 4].
+    """
+
+    rpn_logits: jax.Array
+    rpn_codes: jax.Array
+    anchors: AnchorSample
+    rois: RoISample
+    logits: jax.Array
+    codes: jax.Array
+
+
+def _grid(model: FasterRCNN, cells: tuple[int, int], map_extent: jax.Array) -> Grid:
+    """The anchors of one image whose map has that many cells, of which ``map_extent``, int [2], are its own."""
+    anchors, identities = model.anchors(*cells)
+    row, column = jnp.meshgrid(jnp.arange(cells[0]), jnp.arange(cells[1]), indexing="ij")
+    real = (row < map_extent[0]) & (column < map_extent[1])
+    return Grid(anchors, identities, jnp.repeat(real.reshape(-1), model.anchors_per_cell))
+
+
+def forward(network: FasterRCNN, images: jax.Array, batch: Batch, seed: int, settings: Settings) -> Forward:
+    """The network in training: ``model.apply(..., method=forward)``.
+
+    Args:
+      network: bound to its variables.
+      images: normalised [n, H, W, 3].
+      batch: the rest of it.
+      seed: what is drawn follows from (seed, epoch, index) of each image alone.
+      settings: how proposals are made and what is drawn.
+    """
+    features, map_extent = network.features(images, batch["extent"], train=True)
+    cells = features.shape[1:3]
+    rpn_logits, rpn_codes = network.propose(features)
+
+    def choose(logits, codes, truth, map_extent, extent, epoch, index):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), epoch), index)
+        anchor_key, roi_key = jax.random.split(key)
+        grid = _grid(network, cells, map_extent)
+        anchors = sample_anchors(anchor_key, grid, truth, extent, settings)
+        counts = settings.train_before_nms, settings.train_after_nms
+        proposals = propose(logits, codes, grid, extent, *counts, settings)
+        return anchors, sample_rois(roi_key, proposals, truth, settings)
+
+    truth = Truth(batch["boxes"], batch["labels"], batch["valid"], batch["crowd"])
+    anchors, rois = jax.lax.stop_gradient(
+        for_each_image(choose)(
+            *jax.lax.stop_gradient((rpn_logits, rpn_codes)),
+            truth, map_extent, batch["extent"], batch["epoch"], batch["index"],
+        )
+    )  # fmt: skip
+    logits, codes = network.classify(features, map_extent, rois.boxes, batch["extent"], train=True)
+    return Forward(rpn_logits, rpn_codes, anchors, rois, logits, codes)
+
+
+def losses(found: Forward, settings: Settings) -> dict[str, jax.Array]:
+    """The four parts of the loss, each the mean over images: scalars, float32 at least."""
+
+    def of_image(found: Forward) -> tuple[jax.Array, ...]:
+        anchors, rois = found.anchors, found.rois
+        rpn = rpn_losses(
+            found.rpn_logits[anchors.indices],
+            found.rpn_codes[anchors.indices],
+            anchors.foreground,
+            anchors.targets,
+            anchors.sampled,
+            settings.anchor_beta,
+        )
+        return *rpn, *head_losses(found.logits, found.codes, rois.labels, rois.targets, rois.sampled, settings.roi_beta)
+
+    names = ("rpn_objectness_loss", "rpn_box_loss", "class_loss", "box_loss")
+    return {name: part.mean() for name, part in zip(names, jax.vmap(of_image)(found), strict=True)}
+
+
+def make_train_step(
+    model: FasterRCNN,
+    optimizer: optax.GradientTransformationExtraArgs,
+    config: ml_collections.ConfigDict,
+    settings: Settings,
+    total_steps: int,
+) -> Callable[[TrainState, Batch, Resident], tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds the training step, to be jitted over a mesh (``jax.set_mesh``).
+
+    Args:
+      model: the network.
+      optimizer: of ``make_optimizer``. Whatever it decays, frozen parameters stay as they are.
+      config: the whole config, of which ``seed``, ``schedule`` and ``optimizer.ema`` are read.
+      settings: Faster R-CNN's numbers.
+      total_steps: length of the training, for the schedule.
+
+    Returns:
+      ``step(state, batch, resident) -> state, metrics``; the batch is one of ``batches.training_batches``. Metrics are
+      scalars, means over the images: ``loss`` and its parts ``rpn_objectness_loss``, ``rpn_box_loss``, ``class_loss``,
+      ``box_loss``; ``learning_rate``, ``gradient_norm`` (of what is trained) and, of the updated weights,
+      ``weight_norm``.
+    """
+    schedule = schedules.make_schedule(config.schedule, total_steps)
+
+    def step(state: TrainState, batch: Batch, resident: Resident):
+        images = augment.normalise(batch["images"], resident["mean"], resident["std"])
+
+        def total_loss(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            found, updated = model.apply(
+                variables, images, batch, config.seed, settings, method=forward, mutable=["batch_stats"]
+            )
+            parts = losses(found, settings)
+            return sum(parts.values()), (parts, updated.get("batch_stats", {}))
+
+        trains = trained(model, state.params)
+
+        def hold(tree):
+            return jax.tree.map(lambda x, changes: x if changes else jnp.zeros_like(x), tree, trains)
+
+        (loss, (parts, stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
+        grads = hold(grads)
+        rate = schedules.learning_rate(config.schedule, schedule(state.step), state.schedule)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=rate)
+        params = optax.apply_updates(state.params, hold(updates))
+        average = state.average
+        if config.optimizer.ema:
+            average = optax.incremental_update(
+                {"params": params, "batch_stats": stats}, average, 1 - config.optimizer.ema
+            )
+        state = state.replace(
+            step=state.step + 1, params=params, batch_stats=stats, opt_state=opt_state, average=average
+        )
+        metrics = {
+            "loss": loss,
+            **parts,
+            "learning_rate": rate,
+            "gradient_norm": optax.tree.norm(grads),
+            "weight_norm": optax.tree.norm(params),
+        }
+        return state, metrics
+
+    return step
+
+
+def initial_state(
+    model: FasterRCNN, optimizer: optax.GradientTransformationExtraArgs, config: ml_collections.ConfigDict
+) -> TrainState:
+    """The state before the first step, from ``config.seed``."""
+    variables = initialise(model, jax.random.key(config.seed))
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        schedule=schedules.initial_schedule_state(),
+        # A copy: the state's buffers are donated, and none may be donated twice.
+        average=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
+        if config.optimizer.ema
+        else None,
+    )
+
+
+def infer(network: FasterRCNN, images: jax.Array, extent: jax.Array, settings: Settings) -> Predictions:
+    """The head's predictions at the proposals: ``model.apply(..., method=infer)``.
+
+    Args:
+      network: bound to its variables.
+      images: normalised [n, H, W, 3].
+      extent: int [n, 2].
+      settings: how many proposals, P; and with ``refine`` their best boxes once more: 2 P regions.
+
+    Returns:
+      ``detections.Predictions`` [n, P or 2 P, classes, ...], before suppression.
+    """
+    features, map_extent = network.features(images, extent)
+    cells = features.shape[1:3]
+
+    def propose_in(logits, codes, map_extent, extent) -> Proposals:
+        counts = settings.test_before_nms, settings.test_after_nms
+        return propose(logits, codes, _grid(network, cells, map_extent), extent, *counts, settings)
+
+    proposals = for_each_image(propose_in)(*network.propose(features), map_extent, extent)
+
+    def predict_at(rois: jax.Array) -> Predictions:
+        logits, codes = network.classify(features, map_extent, rois, extent)
+        return jax.vmap(lambda *of_image: predict(*of_image, settings))(logits, codes, rois, proposals.valid, extent)
+
+    predictions = predict_at(proposals.boxes)
+    if not settings.refine:
+        return predictions
+    again = predict_at(jax.vmap(best_boxes)(predictions))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), predictions, again)
+
+
+def make_inference_step(
+    model: FasterRCNN, settings: Settings
+) -> Callable[[dict[str, Any], Batch, Resident], dict[str, jax.Array]]:
+    """Builds ``step(variables, batch, resident)``: the objects found in each image, by falling score.
+
+    A batch has ``images``, ``extent`` and ``scale``: canvas pixels per pixel of the image, float [n], or [n, 2] of
+    height and width (extents are rounded to whole pixels: exact is extent / the image's size). Returned are ``boxes``
+    [n, D, 4] in the image's own pixels, ``scores`` [n, D], ``labels`` int32 [n, D], classes from 0, and ``valid``
+    bool [n, D], False (and all else 0) after the last one; D is ``settings.detections``.
+    """
+
+    def step(variables: dict[str, Any], batch: Batch, resident: Resident) -> dict[str, jax.Array]:
+        images = augment.normalise(batch["images"], resident["mean"], resident["std"])
+        predictions = model.apply(variables, images, batch["extent"], settings, method=infer)
+        found = for_each_image(lambda *of_image: detect(Predictions(*of_image), settings))(*predictions)
+        scale = at_least_float32(batch["scale"]).reshape(len(images), -1)
+        down, across = scale[:, 0], scale[:, -1]
+        scale = jnp.stack([across, down, across, down], axis=-1)[:, None]
+        return {"boxes": found.boxes / scale, "scores": found.scores, "labels": found.labels, "valid": found.valid}
+
+    return step
