@@ -29,10 +29,17 @@ _BROKEN_OFF = ("gloo", "nccl", "collective", "connection", "coordination", "unav
 _VERDICT, _LIFE, _AGREE, _TOLD = (f"resnet_jax/{name}" for name in ("verdict", "life/", "agree/", "told/"))
 
 
+def say(line: str) -> None:
+    """Prints to standard error, where there still is one: whoever has read it may be gone first."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def end(status: int, message: str) -> NoReturn:
     """Ends this process at once: others may be gone, and an orderly end would wait for them."""
-    print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    say(message)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
     os._exit(status)
 
 
@@ -90,7 +97,7 @@ class Peers:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
                 if who:
-                    print(f"waiting for {who}, which is still starting", file=sys.stderr, flush=True)
+                    say(f"waiting for {who}, which is still starting")
 
     def fail(self, status: int, message: str) -> NoReturn:
         """Ends all processes with this status, for a reason that is this one's own."""
@@ -212,8 +219,7 @@ def warn_of_stall(lives: list[dict[str, Any]], before: tuple[int, ...], since: f
         last = [life for life in lives if life["progress"] == min(progress)]
         them = ", ".join(f"{life['who']} at step {life['step']} ({life['doing']})" for life in last[:4])
         more = f" and {len(last) - 4} more" if len(last) > 4 else ""
-        print(f"warning: nothing has moved for {now - since:.0f} s; furthest behind: {them}{more}",
-              file=sys.stderr, flush=True)  # fmt: skip
+        say(f"warning: nothing has moved for {now - since:.0f} s; furthest behind: {them}{more}")
         return progress, now
     return before, since
 

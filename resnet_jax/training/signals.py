@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import sys
 import threading
 
 from jax.experimental import multihost_utils
@@ -100,11 +99,9 @@ class StopSignal:
         status = EXIT_INTERRUPTED if signal.SIGINT in (received, self.received) else EXIT_PREEMPTED
         by = received.name if received else "a notice of preemption"
         message = f"stopped by {by}; nothing was lost"
-        print(message, file=sys.stderr, flush=True)
         if peers.peers():  # Those that were faster may have made a step, but can't end a second one without this.
             peers.peers().dismiss(EXIT_PREEMPTED, message)
-        sys.stdout.flush()
-        os._exit(status)
+        peers.end(status, message)
 
     def fail(self, error: Exception) -> None:
         """Asks to stop because of an error, which ``poll`` raises."""
