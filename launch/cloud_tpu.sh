@@ -38,7 +38,7 @@ action=${1:-} name=${2:-}
 [[ $name =~ ^[a-z][a-z0-9-]*$ ]] || fail "'$name' is no name: small letters, digits and -, as in pod-1"
 shift 2
 [[ $action =~ ^(run|up)$ || $# -eq 0 ]] || fail "$action takes no command"
-[[ ! $action =~ ^(run|up)$ || $# -gt 0 ]] || fail "no command: cloud_tpu.sh $action NAME COMMAND... (--help)"
+[[ ! $action =~ ^(run|up)$ || ${1:--} != -* ]] || fail "no command: cloud_tpu.sh $action NAME COMMAND... (--help)"
 [[ -n ${ZONE:-} ]] || fail "ZONE is not set, as in ZONE=us-central1-a"
 where=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"} --quiet)
 

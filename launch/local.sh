@@ -26,7 +26,7 @@ case ${1:-} in
   --dry-run) dry_run=1; shift ;;
 esac
 [[ ${1:-} =~ ^[1-9][0-9]{0,3}$ ]] || fail "'${1:-}' is no number of processes: local.sh N COMMAND... (--help)"
-[[ $# -ge 2 ]] || fail "no command: local.sh N COMMAND... (--help)"
+[[ $# -ge 2 && $2 != -* ]] || fail "'${2:-}' is no command: local.sh [--dry-run] N COMMAND... (--help)"
 count=$1
 shift
 [[ ${DEVICES:-1} =~ ^[1-9][0-9]*$ ]] || fail "DEVICES=$DEVICES is no number of devices"

@@ -22,7 +22,7 @@ case ${1:-} in
   -h | --help) usage; exit 0 ;;
   --dry-run) option=(--dry-run); shift ;;
 esac
-[[ $# -ge 1 ]] || fail "no command: multi_gpu.sh COMMAND... (--help)"
+[[ ${1:--} != -* ]] || fail "no command: multi_gpu.sh COMMAND... (--help)"
 
 gpus=${CUDA_VISIBLE_DEVICES-}
 if [[ -z ${CUDA_VISIBLE_DEVICES+set} ]]; then

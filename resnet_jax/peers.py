@@ -52,7 +52,7 @@ class Peers:
 
         self._client, self._seconds, self._closed = service.global_state.client, seconds, False
         self._who = f"process {jax.process_index()} ({socket.gethostname()})"
-        self._step, self._doing, self._progress = 0, "starting", 0
+        self._step, self._doing, self._progress, self._agreements = 0, "starting", 0, 0
         works = (self._give_signs, self._wait_for_verdict)
         self._threads = [threading.Thread(target=work, name="peers", daemon=True) for work in works]
         for thread in self._threads:
@@ -74,7 +74,8 @@ class Peers:
         Raises:
           UsageError: some process has others; it says which.
         """
-        key = f"{_AGREE}{what}/"
+        self._agreements += 1  # The key says nothing of the values: those that differ would wait for each other.
+        key = f"{_AGREE}{what} {self._agreements}/"
         own = json.loads(json.dumps(values))
         self._client.key_value_set(f"{key}{jax.process_index()}", json.dumps([self._who, own]))
         if distributed.leads():
@@ -108,6 +109,8 @@ class Peers:
         """Ends all the other processes with this status; the caller ends this one, at once."""
         self.close()
         self._judge(status, f"{self._who}: {message}")
+        if not distributed.leads():  # JAX's own answer to a notice of preemption needs all processes for a moment.
+            time.sleep(2 * _BEAT)
 
     def tell(self, what: str, text: str) -> None:
         """Leaves word for the other processes; the first word stays."""
@@ -198,7 +201,9 @@ class Peers:
             elif now - known[key][1] > self._seconds and not self._closed:
                 last = json.loads(life) if life else {"who": f"process {process}", "step": 0, "doing": "starting"}
                 message = f"error: {last['who']} was lost at step {last['step']} ({last['doing']}):"
-                message += f" silent for {self._seconds:.0f} s; the same command goes on from the last checkpoint"
+                message += (
+                    f" silent for {self._seconds:.0f} s; the same command goes on from the last checkpoint"
+                )
                 self._judge(EXIT_LOST, message)
                 end(EXIT_LOST, message)
 

@@ -74,9 +74,9 @@ def _run(
     if peers.peers():
         own = {field.name for field in FIELDS if field.unit == "path" and not field.recipe}  # As disks are mounted.
         shared = {name: value for name, value in flatten(config).items() if name not in own}
-        peers.peers().agree(f"config {config.seed}", {"mode": mode, "code": code_version()} | shared)
+        peers.peers().agree("config", {"mode": mode, "code": code_version()} | shared)
         seen = {"its newest checkpoint": done, "its config.json": read_json(workdir / "config.json")}
-        peers.peers().agree(f"workdir {config.seed}", seen)  # Also where nothing is written, which would tell.
+        peers.peers().agree("workdir", seen)  # Also where nothing is written, which would tell.
     check_writable(workdir)
     only_evaluated = done is None and (workdir / "summary.json").is_file() and not (workdir / "metrics.jsonl").exists()
     if not only_evaluated:  # There nothing is lost by another recipe.
@@ -100,7 +100,7 @@ def _run(
         if train and (done or 0) > task.total_steps:
             raise UsageError(f"--workdir={workdir} is at step {done} already, beyond the {task.total_steps} asked for")
         if peers.peers():
-            peers.peers().agree(f"data {config.seed}", task.fingerprint())
+            peers.peers().agree("data", task.fingerprint())
 
         def calibrate(state: TrainState, poll: Callable[[], None]) -> TrainState:
             state = task.calibrated(state, poll)

@@ -442,3 +442,22 @@ def test_gke_is_a_jobset_that_restarts_as_the_exit_statuses_say():
     assert "exec python -m resnet_jax.main" in script  # The signal must reach Python.
     assert "--workdir=gs://" in script
     assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        ("local.sh", "2"),
+        ("multi_gpu.sh", "--dry-run"),
+        ("slurm.sbatch", "--dry-run"),
+        ("cloud_tpu.sh", "up", "pod"),
+        ("cloud_tpu.sh", "run", "pod"),
+    ],
+)
+def test_an_option_in_the_command_s_place_is_refused_before_it_costs_anything(script):
+    name, *first = script
+    command = ["bash", str(LAUNCH / name), *first, "--dry-run", "python", "-m", "resnet_jax.main"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"ZONE": "z"}, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no command" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -200,6 +200,12 @@ def test_a_process_of_another_config_is_named(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_process_of_another_seed_is_named(tmp_path):
+    port, flags = free_port(), (f"--workdir={tmp_path / 'run'}", TEN)
+    ends = finish([start(0, 2, port, *flags), start(1, 2, port, *flags, "--config.seed=7")], seconds=60)
+    refused(ends, "process 1", "differs from process 0", "seed is 7, not 0")
+
+
 def test_a_process_of_another_version_of_the_code_is_named(tmp_path):
     port = free_port()
     changed = TINY.replace(

@@ -100,7 +100,7 @@ class StopSignal:
         by = received.name if received else "a notice of preemption"
         message = f"stopped by {by}; nothing was lost"
         if peers.peers():  # Those that were faster may have made a step, but can't end a second one without this.
-            peers.peers().dismiss(EXIT_PREEMPTED, message)
+            peers.peers().dismiss(status, message)
         peers.end(status, message)
 
     def fail(self, error: Exception) -> None:
@@ -110,6 +110,8 @@ class StopSignal:
     def asked(self) -> bool:
         """Whether to stop now; every process has the same answer at the same call."""
         if peers.peers() and not self._asked:
+            if not self._unsaved:  # ``_watch_notices`` sees to it. JAX's call would hold up all threads if one is gone.
+                return False
             StopSignal._calls += 1
             self._asked = multihost_utils.reached_preemption_sync_point(StopSignal._calls)
             return self._asked
