@@ -201,9 +201,7 @@ class Peers:
             elif now - known[key][1] > self._seconds and not self._closed:
                 last = json.loads(life) if life else {"who": f"process {process}", "step": 0, "doing": "starting"}
                 message = f"error: {last['who']} was lost at step {last['step']} ({last['doing']}):"
-                message += (
-                    f" silent for {self._seconds:.0f} s; the same command goes on from the last checkpoint"
-                )
+                message += f" silent for {self._seconds:.0f} s; the same command goes on from the last checkpoint"
                 self._judge(EXIT_LOST, message)
                 end(EXIT_LOST, message)
 
