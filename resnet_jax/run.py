@@ -38,14 +38,13 @@ from resnet_jax.training.workdir import (
     results_folder,
 )
 
+CALIBRATED = "calibrated.safetensors"
+
 
 def code_version() -> str:
     """Tells versions of this package's code, and of JAX, apart."""
     files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join([jax.__version__.encode(), *(file.read_bytes() for file in files)])).hexdigest()[:12]
-
-
-CALIBRATED = "calibrated.safetensors"
 
 
 def run_classification(

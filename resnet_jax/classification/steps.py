@@ -11,7 +11,7 @@ import optax
 
 from resnet_jax.data import augment
 from resnet_jax.distributed import platform
-from resnet_jax.training import schedules
+from resnet_jax.training import schedules, update
 from resnet_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -133,29 +133,9 @@ def make_train_step(
             stats = merge_batch_stats(stats, config.model.batch_norm_momentum)
 
         rate = schedules.learning_rate(config.schedule, schedule(state.step), state.schedule)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=rate)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
-        if config.optimizer.ema:
-            average = optax.incremental_update(
-                {"params": params, "batch_stats": stats}, average, 1 - config.optimizer.ema
-            )
-        state = TrainState(
-            step=state.step + 1,
-            params=params,
-            batch_stats=stats,
-            opt_state=opt_state,
-            schedule=schedules.after_step(config.schedule, state.schedule, error),
-            average=average,
-        )
-        metrics = {
-            "loss": loss,
-            "top1_error": error,
-            "learning_rate": rate,
-            "gradient_norm": optax.tree.norm(grads),
-            "weight_norm": optax.tree.norm(params),
-        }
-        return state, metrics
+        schedule_state = schedules.after_step(config.schedule, state.schedule, error)
+        state, norms = update.apply_gradients(state, grads, stats, rate, optimizer, config.optimizer.ema)
+        return state.replace(schedule=schedule_state), {"loss": loss, "top1_error": error} | norms
 
     return step
 
@@ -168,18 +148,7 @@ def initial_state(
 ) -> TrainState:
     """The state before the first step, from ``config.seed``; images are ``image_shape`` (H, W, C)."""
     variables = model.init(jax.random.key(config.seed), jnp.zeros((1, *image_shape)))
-    params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    return TrainState(
-        step=jnp.int32(0),
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=optimizer.init(params),
-        schedule=schedules.initial_schedule_state(),
-        # A copy: the state's buffers are donated, and none may be donated twice.
-        average=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
-        if config.optimizer.ema
-        else None,
-    )
+    return update.initial_state(variables, optimizer, config.optimizer.ema)
 
 
 def make_eval_step(model: nn.Module) -> Callable[[dict[str, Any], Batch, Resident], dict[str, jax.Array]]:

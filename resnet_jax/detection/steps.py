@@ -25,7 +25,7 @@ from resnet_jax.detection.proposals import (
     sample_rois,
 )
 from resnet_jax.detection.settings import Settings
-from resnet_jax.training import schedules
+from resnet_jax.training import schedules, update
 from resnet_jax.training.state import TrainState
 
 # ``images`` uint8 [n, H, W, 3], ``extent`` int32 [n, 2], ... : see ``batches.training_batches``.
@@ -158,24 +158,8 @@ def make_train_step(
         (loss, (parts, stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
         grads = hold(grads)
         rate = schedules.learning_rate(config.schedule, schedule(state.step), state.schedule)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=rate)
-        params = optax.apply_updates(state.params, hold(updates))
-        average = state.average
-        if config.optimizer.ema:
-            average = optax.incremental_update(
-                {"params": params, "batch_stats": stats}, average, 1 - config.optimizer.ema
-            )
-        state = state.replace(
-            step=state.step + 1, params=params, batch_stats=stats, opt_state=opt_state, average=average
-        )
-        metrics = {
-            "loss": loss,
-            **parts,
-            "learning_rate": rate,
-            "gradient_norm": optax.tree.norm(grads),
-            "weight_norm": optax.tree.norm(params),
-        }
-        return state, metrics
+        state, norms = update.apply_gradients(state, grads, stats, rate, optimizer, config.optimizer.ema, hold)
+        return state, {"loss": loss, **parts} | norms
 
     return step
 
@@ -184,19 +168,7 @@ def initial_state(
     model: FasterRCNN, optimizer: optax.GradientTransformationExtraArgs, config: ml_collections.ConfigDict
 ) -> TrainState:
     """The state before the first step, from ``config.seed``."""
-    variables = initialise(model, jax.random.key(config.seed))
-    params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    return TrainState(
-        step=jnp.int32(0),
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=optimizer.init(params),
-        schedule=schedules.initial_schedule_state(),
-        # A copy: the state's buffers are donated, and none may be donated twice.
-        average=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
-        if config.optimizer.ema
-        else None,
-    )
+    return update.initial_state(initialise(model, jax.random.key(config.seed)), optimizer, config.optimizer.ema)
 
 
 def infer(network: FasterRCNN, images: jax.Array, extent: jax.Array, settings: Settings) -> Predictions:

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-GIB = 2**30
+from resnet_jax.planning.chips import GIB
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SHARE = 0.98  # Of the memory that is left, for what a straight line from one size to another does not know.
 
@@ -29,7 +30,7 @@ def memory_of(compiled: Any) -> Memory | None:
     """What a compiled step needs (``jax.stages.Compiled``); None where the compiler does not say."""
     try:
         found = compiled.memory_analysis()
-    except NotImplementedError:
+    except NotImplementedError:  # JAX's word for a platform whose compiler does not say.
         return None
     if found is None:
         return None
