@@ -119,7 +119,7 @@ def main() -> None:
     MODELS["tiny"] = functools.partial(ResNet, blocks=(1,), widths=(4,), shortcut="A", stem="cifar", stem_width=4)
 
     def nothing(*unused: Any) -> None:
-        pass
+        """For hooks that look at one end of a call alone."""
 
     # Who is alone takes SIGTERM from here on, and one of several as soon as it has joined the others.
     around(StopSignal, "__enter__", nothing, lambda _: phases.enter("starting"))

@@ -206,8 +206,8 @@ def test_metrics_in_a_bucket_are_cut_back_and_go_on(bucket):
 
 def test_a_bucket_has_no_locks_and_can_be_written(bucket):
     check_writable(workdir(bucket))
-    with lock(workdir(bucket) / ".lock", "taken"), lock(workdir(bucket) / ".lock", "taken"):
-        pass
+    with lock(workdir(bucket) / ".lock", "taken"), lock(workdir(bucket) / ".lock", "taken") as second:
+        assert second is None  # Neither is refused.
     assert not workdir(bucket).exists()  # Nothing is left of what was tried.
 
 
@@ -234,7 +234,7 @@ def refusing(status: int, message: str) -> Iterator[str]:
         do_POST = do_PUT = do_DELETE = do_GET
 
         def log_message(self, *unused) -> None:
-            pass
+            """Its answers are looked at, and not its log."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -10,15 +10,9 @@ import pytest
 
 from resnet_jax.detection import boxes
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STDS = (0.1, 0.1, 0.2, 0.2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA takes most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def odd_boxes() -> np.ndarray:

@@ -7,11 +7,11 @@ import pathlib
 
 import numpy as np
 import pytest
+from refusals import usage_error
 
 from resnet_jax.data.decode import image_shape
 from resnet_jax.detection.annotations import check_image_size, for_training
 from resnet_jax.detection.coco import read_coco, read_split
-from resnet_jax.errors import UsageError
 
 DATA = pathlib.Path(os.environ.get("RESNET_JAX_DATA", "nowhere"))
 
@@ -40,14 +40,6 @@ def write(root: pathlib.Path, content: dict = CONTENT, split: str = "val2017") -
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content))
     return path
-
-
-def usage_error(function, *arguments, **settings) -> str:
-    with pytest.raises(UsageError) as error:
-        function(*arguments, **settings)
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def test_gaps_in_the_ids_close_and_boxes_become_corners(tmp_path):

@@ -16,16 +16,10 @@ from resnet_jax.detection import steps
 from resnet_jax.distributed import make_mesh, replicate, shard_batch
 from resnet_jax.training.optimizer import make_optimizer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PARTS = ("rpn_objectness_loss", "rpn_box_loss", "class_loss", "box_loss")
 SEED = 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA takes most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

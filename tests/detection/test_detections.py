@@ -13,15 +13,9 @@ from resnet_jax.data.augment import normalise
 from resnet_jax.detection import detections, steps
 from resnet_jax.detection.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HEIGHT, WIDTH, REGIONS = 90, 120, 30
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA takes most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def some_outputs():

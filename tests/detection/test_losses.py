@@ -10,15 +10,9 @@ import pytest
 
 from resnet_jax.detection import losses
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SAMPLES, CLASSES = 12, 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA takes most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def smooth_l1_by_hand(x: float, beta: float) -> float:

@@ -14,13 +14,7 @@ from scipy import stats
 
 from resnet_jax.detection import anchors, matching
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA takes most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def match_by_hand(ious, valid, high, low, best_for_each, lowest=0.0, candidates=None, ignored=None):

@@ -13,16 +13,10 @@ from resnet_jax.detection.network import create_detector, initialise, trained
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import create_model
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HEIGHT, WIDTH = 50, 71
 ROIS = np.array([[[0, 0, 71, 50], [10, 5, 40, 33], [30, 20, 64, 48]]] * 2, np.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA takes most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def names_and_shapes(tree):

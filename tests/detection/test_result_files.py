@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from refusals import usage_error
 
 from resnet_jax.detection.annotations import Annotations, Detections, annotated_image
 from resnet_jax.detection.result_files import (
@@ -13,15 +14,6 @@ from resnet_jax.detection.result_files import (
     write_coco_results,
     write_voc_results,
 )
-from resnet_jax.errors import UsageError
-
-
-def usage_error(function, *arguments) -> str:
-    with pytest.raises(UsageError) as error:
-        function(*arguments)
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 @pytest.fixture

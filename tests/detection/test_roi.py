@@ -11,15 +11,9 @@ import pytest
 
 from resnet_jax.detection import roi
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HEIGHT, WIDTH, CHANNELS, SCALE = 7, 10, 3, 1 / 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA takes most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def some_boxes() -> np.ndarray:

@@ -6,11 +6,11 @@ import pathlib
 import numpy as np
 from PIL import Image
 import pytest
+from refusals import usage_error
 
 from resnet_jax.data.decode import image_shape
 from resnet_jax.detection.annotations import check_image_size, for_training
 from resnet_jax.detection.voc import CLASSES, read_devkit, read_voc
-from resnet_jax.errors import UsageError
 
 DATA = pathlib.Path(os.environ.get("RESNET_JAX_DATA", "nowhere"))
 
@@ -46,14 +46,6 @@ def year(tmp_path) -> pathlib.Path:
     write_set(root, "trainval", "b", "a")
     write_set(root, "test", "c")
     return root
-
-
-def usage_error(function, *arguments, **settings) -> str:
-    with pytest.raises(UsageError) as error:
-        function(*arguments, **settings)
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def test_boxes_become_continuous_and_start_at_zero(year):

@@ -1,5 +1,6 @@
 """Checkpoints that can be trusted: damage is found and passed over, a full disk costs a save and not the run."""
 
+import contextlib
 import datetime
 import functools
 import json
@@ -378,11 +379,9 @@ def fill(folder: pathlib.Path) -> pathlib.Path:
     ballast = folder / "ballast"
     with ballast.open("wb", buffering=0) as file:
         for size in (2**16, 2**10, 1):
-            try:
+            with contextlib.suppress(OSError):  # The disk is full for pieces of this size.
                 while True:
                     file.write(b"x" * size)
-            except OSError:
-                pass
     return ballast
 
 

@@ -72,7 +72,7 @@ def test_the_speed_is_known_where_every_dispatch_ends_in_a_log_line_and_an_evalu
 def test_a_second_training_in_the_same_folder_is_refused(tmp_path):
     held = functools.partial(lock, tmp_path / ".lock", "another process is training there")
     with held(), pytest.raises(UsageError, match="another process is training there"), held():
-        pass
+        pytest.fail("two hold the lock at once")
 
 
 def test_evaluation_leaves_the_run_s_settings_and_takes_the_checkpoint_s_figures(tiny_config, tmp_path):

@@ -58,7 +58,7 @@ KEEP_ALL = "--config.checkpoint.keep=1000"
 
 # python -c HOOK SIGNAL PLACE STEP FLAGS...: resnet_jax.main, which sends itself a signal.
 HOOK = """
-import os, pathlib, runpy, signal, sys, threading
+import os, pathlib, runpy, signal, sys, threading, time
 
 number, place, at = signal.Signals[sys.argv[1]], sys.argv[2], int(sys.argv[3])
 sys.argv[1:4] = []
@@ -96,7 +96,7 @@ def before_save(state, step, *rest):
 def while_saving(state, step, *rest):
     def watch():  # What is being written has a longer name until it is whole: 48.orbax-checkpoint-tmp.
         while not any(folder.glob(f"{step}.*")):
-            pass
+            time.sleep(0)  # As often as can be: it is there for milliseconds.
         send()
 
     if step >= at:
