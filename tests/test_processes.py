@@ -70,6 +70,10 @@ def of_kind(norm: str, dtype: str) -> tuple[str, str]:
     return f"--config.model.batch_norm={norm}", f"--config.model.dtype={dtype}"
 
 
+# Gloo's threads write at once: pieces of its lines may come in any order.
+GLOO = re.compile(r"\[Gloo\]|Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is|:|\d+|\s")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "devices", "norm", "dtype", "tolerance"),
@@ -88,8 +92,7 @@ def test_several_processes_are_one(alone, tmp_path, processes, devices, norm, dt
     np.testing.assert_allclose(losses(several), losses(one), rtol=0, atol=tolerance)
     same_evaluation(one, several, tolerance)
     assert files(several) == files(one)
-    spoken = [line for end in ends[1:] for line in end.out.splitlines() if not line.startswith("[Gloo]")]
-    assert not spoken
+    assert not [end.out for end in ends[1:] if GLOO.sub("", end.out)]
     assert f"{processes} processes, {processes * devices} devices" in ends[0].out
 
 
