@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 
 from resnet_jax.errors import UsageError, did_you_mean
-from resnet_jax.fields import FIELDS, Limit
+from resnet_jax.fields import FIELDS, Field, Limit
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -117,11 +117,11 @@ def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
         by_last_part = {field.rsplit(".", 1)[-1]: field for field in fields}
         near = did_you_mean(name, fields) or did_you_mean(by_last_part.get(name.rsplit(".", 1)[-1], ""), fields)
         raise UsageError(f"--config.{name}: no such field{near}")
-    kind = type(fields[name].default)
+    kind, *parts = _kind(fields[name])
     try:
-        value = _read(kind, text)
+        value = _read(kind, text, *parts)
     except ValueError as error:
-        raise UsageError(f"--config.{name}={text}: expected {_KINDS[kind]}") from error
+        raise UsageError(f"--config.{name}={text}: expected {_KINDS[kind, *parts]}") from error
     *sections, last = name.split(".")
     node = config
     for section in sections:
@@ -132,17 +132,24 @@ def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
         config[other] = type(fields[other].default)(0)
 
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
-          tuple: "whole numbers separated by commas"}  # fmt: skip
+_KINDS = {(int,): "a whole number", (float,): "a number", (bool,): "true or false", (str,): "text",
+          (tuple, int): "whole numbers separated by commas", (tuple, float): "numbers separated by commas"}  # fmt: skip
 
 
-def _read(kind: type, text: str) -> Any:
+def _kind(field: Field) -> tuple[type, ...]:
+    """The type of a field's value; of a tuple, whole numbers unless its default has others, that of its parts too."""
+    if isinstance(field.default, tuple):
+        return tuple, type(next(iter(field.default), 0))
+    return (type(field.default),)
+
+
+def _read(kind: type, text: str, part: type = int) -> Any:
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0"):
             raise ValueError(text)
         return text.lower() in ("true", "1")
     if kind is tuple:
-        return tuple(int(part) for part in text.strip("()[] ").split(",") if part.strip())
+        return tuple(part(word) for word in text.strip("()[] ").split(",") if word.strip())
     return kind(text)
 
 

@@ -20,6 +20,10 @@ PART = Limit(lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 ITERATIONS = Limit(
     lambda steps: all(isinstance(step, int) and step > 0 for step in steps), "must be whole numbers above zero"
 )
+POSITIVES = Limit(lambda values: values and all(value > 0 for value in values), "must be numbers above zero")
+FOUR_POSITIVES = Limit(
+    lambda values: len(values) == 4 and all(value > 0 for value in values), "must be four numbers above zero"
+)
 SEED = Limit(lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32")  # Of JAX's keys.
 
 
@@ -142,6 +146,55 @@ FIELDS = (
           NOT_NEGATIVE),
     Field("schedule.warmup_error", 0.0, "%", "Hold schedule.warmup_rate until the training error (averaged over about"
           " the last 20 steps) is below this; 0: off.", NOT_NEGATIVE),
+    Field("detection.neck", "c4", "", "What stands between backbone and regions: c4, the paper's (all stages but the"
+          " last are shared, which looks at each region; for vgg16 fc6 and fc7 do), or fpn.", ("c4", "fpn")),
+    Field("detection.roi", "align", "", "How a region is brought to a fixed size: align (RoIAlign) or pool (RoI"
+          " pooling, quantised, the paper's).", ("align", "pool")),
+    Field("detection.pooled", 0, "cells", "Side of that size. 0: 14 before a c4's last stage, which halves it (7"
+          " keeps that stage's stride at 1, the paper's other reading), 7 elsewhere.", NOT_NEGATIVE),
+    Field("detection.anchor_sizes", (128, 256, 512), "pixels", "Roots of the anchors' areas; the paper adds 64 for"
+          " COCO. With fpn one for each level, from P2 on.", ITERATIONS),
+    Field("detection.anchor_ratios", (0.5, 1.0, 2.0), "", "Their heights over widths.", POSITIVES),
+    Field("detection.rpn_width", 512, "channels", "Of the RPN's 3x3 convolution.", POSITIVE),
+    Field("detection.context", False, "", "The whole image's features stand beside each region's (appendix B)."),
+    Field("detection.shorter", (600,), "pixels", "The shorter side as the network sees it; of several one is drawn for"
+          " each training image, and the last one is tested.", ITERATIONS),
+    Field("detection.longer", 1000, "pixels", "At most so long is the longer side.", POSITIVE),
+    Field("detection.anchor_border", 0.0, "pixels", "By so much trained anchors may reach beyond the image; below 0:"
+          " all are trained (detectron2)."),
+    Field("detection.anchor_high", 0.7, "", "IoU from which an anchor is foreground; each box's best ones are in any"
+          " case.", PART),
+    Field("detection.anchor_low", 0.3, "", "IoU below which it is background.", SHARE),
+    Field("detection.anchors_sampled", 256, "", "Anchors trained in an image.", POSITIVE),
+    Field("detection.anchors_foreground", 0.5, "", "At most this share of them is foreground.", PART),
+    Field("detection.anchor_beta", 1 / 9, "", "Where the RPN's smooth L1 turns linear.", POSITIVE),
+    Field("detection.proposal_nms", 0.7, "", "IoU above which proposals suppress each other.", PART),
+    Field("detection.train_before_nms", 12000, "", "Proposals of highest objectness that NMS sees in training (with fpn"
+          " of each level).", POSITIVE),
+    Field("detection.train_after_nms", 2000, "", "Proposals that are left, from which RoIs are drawn.", POSITIVE),
+    Field("detection.test_before_nms", 6000, "", "The same in test: those that NMS sees.", POSITIVE),
+    Field("detection.test_after_nms", 300, "", "The same in test: those that are left.", POSITIVE),
+    Field("detection.proposal_side", 0.0, "pixels", "Proposals with a shorter side are dropped; 0 as in detectron2;"
+          " py-faster-rcnn took 16 pixels of the image.", NOT_NEGATIVE),
+    Field("detection.roi_high", 0.5, "", "IoU from which an RoI is foreground, below which it is background.", PART),
+    Field("detection.roi_low", 0.1, "", "IoU below which it is neither: .1 on VOC, 0 on COCO.", SHARE),
+    Field("detection.rois_sampled", 128, "", "RoIs trained in an image.", POSITIVE),
+    Field("detection.rois_foreground", 0.25, "", "At most this share of them is foreground.", PART),
+    Field("detection.roi_beta", 1.0, "", "Where the head's smooth L1 turns linear.", POSITIVE),
+    Field("detection.box_stds", (0.1, 0.1, 0.2, 0.2), "", "What the head's box targets are divided by.",
+          FOUR_POSITIVES),
+    Field("detection.crowd_share", 0.7, "", "What lies in a crowd region by this part of its area is no background;"
+          " above 1: crowds are ignored.", POSITIVE),
+    Field("detection.score_threshold", 0.05, "", "Detections of a lower score are dropped.", SHARE, recipe=False),
+    Field("detection.detection_nms", 0.3, "", "IoU above which detections of a class suppress each other.", PART,
+          recipe=False),
+    Field("detection.detections", 100, "", "At most so many an image.", POSITIVE, recipe=False),
+    Field("detection.refine", False, "", "Test: boxes are pooled once more where they came to lie, and both predictions"
+          " count (appendix B).", recipe=False),
+    Field("detection.voting_iou", 0.5, "", "With refine, detections of a class vote on where a box is from this IoU on;"
+          " above 1: no voting.", POSITIVE, recipe=False),
+    Field("detection.average_precision", "voc", "", "What `map` is: voc07 (11 points), voc (area under the curve), both"
+          " at an IoU of .5, or coco (the mean over .5 to .95).", ("voc07", "voc", "coco"), recipe=False),
     Field("eval.every", 0, "iterations", "Evaluate so often; 0: only at the end.", NOT_NEGATIVE, recipe=False),
     Field("eval.patience", 0, "evaluations", "Stop after so many without a better error; 0: train to the end.",
           NOT_NEGATIVE, recipe=False),

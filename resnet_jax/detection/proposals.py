@@ -122,13 +122,14 @@ def propose(
 def sample_anchors(key: jax.Array, grid: Grid, truth: Truth, extent: jax.Array, settings: Settings) -> AnchorSample:
     """Draws the anchors that one image trains (Faster R-CNN, sections 3.1.2 and 3.1.3)."""
     anchors, countable = grid.anchors, truth.valid & ~truth.crowd
+    border = settings.anchor_border if settings.anchor_border >= 0 else float("inf")
     box, role = matching.match(
         box_ops.intersection_over_union(anchors, truth.boxes),
         countable,
         settings.anchor_high,
         settings.anchor_low,
         best_for_each=True,
-        candidates=grid.real & inside(anchors, extent[0], extent[1], settings.anchor_border),
+        candidates=grid.real & inside(anchors, extent[0], extent[1], border),
         ignored=matching.in_crowd(anchors, truth.boxes, truth.valid & truth.crowd, settings.crowd_share),
     )
     indices, sampled = matching.sample(

@@ -1,6 +1,5 @@
 """Training and inference of a tiny detector: losses by hand, padding, devices, what is drawn, and what it learns."""
 
-import dataclasses
 import functools
 
 import boxes_by_hand as by_hand
@@ -13,6 +12,7 @@ from tiny_detector import RESIDENT, SETTINGS, padded, random_variables, rectangl
 from resnet_jax.config import default_config
 from resnet_jax.data.augment import normalise
 from resnet_jax.detection import steps
+from resnet_jax.detection.settings import make_settings
 from resnet_jax.distributed import make_mesh, replicate, shard_batch
 from resnet_jax.training.optimizer import make_optimizer
 
@@ -47,7 +47,7 @@ def forward(model):
 
 @pytest.fixture(scope="module")
 def infer(model):
-    step = jax.jit(steps.make_inference_step(model, dataclasses.replace(SETTINGS, score_threshold=0.2)))
+    step = jax.jit(steps.make_inference_step(model, make_settings(SETTINGS, score_threshold=0.2)))
     return lambda variables, batch: jax.tree.map(np.asarray, step(variables, batch, RESIDENT))
 
 
@@ -194,7 +194,7 @@ def test_eight_devices_do_what_one_does(what):
             start = steps.initial_state(model, optimizer, config)
             start = start.replace(params=variables["params"], batch_stats=variables["batch_stats"])
         else:
-            step, start = steps.make_inference_step(model, dataclasses.replace(SETTINGS, refine=True)), variables
+            step, start = steps.make_inference_step(model, make_settings(SETTINGS, refine=True)), variables
         results = []
         for devices in (1, 8):
             mesh = make_mesh(jax.devices()[:devices])

@@ -1,6 +1,5 @@
 """From the head's outputs to detections, against loops: decoding, suppression, refinement and voting."""
 
-import dataclasses
 import functools
 
 import boxes_by_hand as by_hand
@@ -11,7 +10,7 @@ from tiny_detector import CLASSES, RESIDENT, SETTINGS, random_variables, rectang
 
 from resnet_jax.data.augment import normalise
 from resnet_jax.detection import detections, steps
-from resnet_jax.detection.settings import Settings
+from resnet_jax.detection.settings import make_settings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -28,7 +27,7 @@ def some_outputs():
 
 def test_predictions_are_decoded_with_the_stds_and_clipped():
     logits, codes, rois, valid, extent = some_outputs()
-    found = jax.jit(functools.partial(detections.predict, settings=Settings()))(logits, codes, rois, valid, extent)
+    found = jax.jit(functools.partial(detections.predict, settings=make_settings()))(logits, codes, rois, valid, extent)
     for region in range(REGIONS):
         left, top, right, bottom = rois[region].astype(np.float64)
         powers = np.exp(logits[region].astype(np.float64))
@@ -44,7 +43,7 @@ def test_predictions_are_decoded_with_the_stds_and_clipped():
 
 @pytest.mark.parametrize("refine", [False, True])
 def test_detections_are_those_of_greedy_suppression_and_voting(refine):
-    settings = Settings(detections=12, score_threshold=0.1, refine=refine)
+    settings = make_settings(detections=12, score_threshold=0.1, refine=refine)
     predictions = detections.predict(*some_outputs(), settings)
     found = jax.jit(functools.partial(detections.detect, settings=settings))(predictions)
     boxes, scores = np.asarray(predictions.boxes), np.asarray(predictions.scores)
@@ -75,7 +74,7 @@ def test_refinement_classifies_the_best_class_s_box_of_each_region_once_more():
     images = normalise(batch["images"], RESIDENT["mean"], RESIDENT["std"])
     infer = jax.jit(
         lambda refine: model.apply(
-            variables, images, batch["extent"], dataclasses.replace(SETTINGS, refine=refine), method=steps.infer
+            variables, images, batch["extent"], make_settings(SETTINGS, refine=refine), method=steps.infer
         ),
         static_argnums=0,
     )

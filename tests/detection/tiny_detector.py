@@ -5,12 +5,12 @@ from jax import numpy as jnp
 import numpy as np
 
 from resnet_jax.detection.network import FasterRCNN, initialise
-from resnet_jax.detection.settings import Settings
+from resnet_jax.detection.settings import make_settings
 from resnet_jax.models.resnet import ResNet
 
 CLASSES = 2
 # Fewer of everything than the paper's, and objects of the tiny pictures' size.
-SETTINGS = Settings(
+SETTINGS = make_settings(
     anchors_sampled=32,
     train_before_nms=60,
     train_after_nms=24,
