@@ -4,6 +4,7 @@ A config file is Python with a ``get_config()`` that starts from ``default_confi
 ``load_config("cifar_20")``) and sets what it needs. ``--config.a.b=value`` overrides a field on the command line.
 """
 
+from collections.abc import Collection
 import importlib.util
 import math
 import os
@@ -179,6 +180,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UsageError("eval.patience counts evaluations: set eval.every")
     if config.schedule.name == "plateau" and not config.eval.every:
         raise UsageError("schedule.name=plateau looks at evaluations: set eval.every")
+
+
+def check_task(config: ml_collections.ConfigDict, names: Collection[str]) -> None:
+    """Raises a UsageError for the first of ``names``, set on the command line, that ``config.task`` doesn't read."""
+    for field in FIELDS:
+        if field.name in names and field.task not in ("", config.task):
+            raise UsageError(f"--config.{field.name} is a setting of {field.task}, and this is task={config.task}")
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:

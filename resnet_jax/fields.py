@@ -20,6 +20,7 @@ PART = Limit(lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 ITERATIONS = Limit(
     lambda steps: all(isinstance(step, int) and step > 0 for step in steps), "must be whole numbers above zero"
 )
+TWO = Limit(lambda values: len(values) == 2 and min(values) > 0, "must be two whole numbers above zero")
 POSITIVES = Limit(lambda values: values and all(value > 0 for value in values), "must be numbers above zero")
 FOUR_POSITIVES = Limit(
     lambda values: len(values) == 4 and all(value > 0 for value in values), "must be four numbers above zero"
@@ -33,6 +34,7 @@ class Field:
 
     ``allowed`` is what a value must be beyond its type: a tuple of choices, or a test and what is said when it fails.
     ``recipe`` is whether the field has a part in what is learnt: a run resumes only with the same recipe.
+    ``task`` is the one task that reads the field; empty: all do.
     """
 
     name: str
@@ -41,9 +43,12 @@ class Field:
     text: str
     allowed: tuple[str, ...] | Limit | None = None
     recipe: bool = True
+    task: str = ""
 
 
-FIELDS = (
+_FIELDS = (
+    Field("task", "classification", "", "What is learnt: classification, or detection (Faster R-CNN).",
+          ("classification", "detection")),
     Field("model.name", "cifar_resnet20", "", "The network: a name of `python -m resnet_jax.summary`."),
     Field("model.num_classes", 0, "classes", "Length of the logits; 0 takes the data's number of classes.",
           NOT_NEGATIVE),
@@ -57,16 +62,22 @@ FIELDS = (
           ("fan_out", "fan_in")),
     Field("model.freeze_at", 0, "", "What training leaves as it is: 1 the stem, 2 stage 1 too, ...; 0 nothing (residual"
           " nets).", NOT_NEGATIVE),
+    Field("model.width", 1.0, "", "Channels of a residual net's layers, times the paper's.", POSITIVE),
     Field("model.zero_init_last", False, "", "Start the last BN scale of each block at zero (residual nets)."),
     Field("data.source", "digits", "", "Where images come from: digits, cifar, image_folder, tfds, array_record (what"
-          " `python -m resnet_jax.prepare` writes) or ilsvrc (ImageNet's tar files)."),
+          " `python -m resnet_jax.prepare` writes) or ilsvrc (ImageNet's tar files); for detection voc, coco, folder"
+          " (either form) or shapes (drawn pictures)."),
     Field("data.name", "", "", "Data set within the source: cifar10 or cifar100 for cifar; TFDS's name for tfds."),
     Field("data.dir", "", "path", "Folder or archive of the data; empty where the source can do without.",
           recipe=False),
-    Field("data.train_split", "train", "", "tfds: the training split, as train or train[:90%]."),
-    Field("data.test_split", "", "", "tfds: the test split; empty: test, or validation where there is none."),
-    Field("data.labels", "", "path", "image_folder: text file with one class folder a line, in the order of their"
-          " numbers; empty takes all of them, sorted."),
+    Field("data.train_split", "train", "", "tfds, voc, coco: the training split: train, train[:90%]; 07+12, trainval;"
+          " train2017."),
+    Field("data.test_split", "", "", "The same of the test set; empty: test, or validation where there is none."),
+    Field("data.labels", "", "path", "image_folder, voc, coco: text file with one class a line, in the order of their"
+          " numbers; empty takes all of them, sorted (coco's in the order of their ids)."),
+    Field("data.difficult", False, "", "voc: train on objects that are flagged difficult too."),
+    Field("data.without_boxes", False, "", "Train on images without boxes too, as background."),
+    Field("data.shapes", (2000, 300), "images", "shapes: how many are drawn to train and to test.", TWO),
     Field("data.holdout", 0, "images", "Training images held out at random (the same for every seed) for validation.",
           NOT_NEGATIVE),
     Field("data.placement", "auto", "", "device: all images lie on the devices; stream: they are read as training goes;"
@@ -191,8 +202,10 @@ FIELDS = (
     Field("detection.detections", 100, "", "At most so many an image.", POSITIVE, recipe=False),
     Field("detection.refine", False, "", "Test: boxes are pooled once more where they came to lie, and both predictions"
           " count (appendix B).", recipe=False),
-    Field("detection.voting_iou", 0.5, "", "With refine, detections of a class vote on where a box is from this IoU on;"
-          " above 1: no voting.", POSITIVE, recipe=False),
+    Field("detection.voting_iou", 0.5, "", "With refine, detections of a class vote on where a box is from this IoU"
+          " on; above 1: no voting.", POSITIVE, recipe=False),
+    Field("detection.labelled", True, "", "Whether the test set's boxes are known; if not (12_test, COCO's test-dev),"
+          " its detections are written alone.", recipe=False),
     Field("detection.average_precision", "voc", "", "What `map` is: voc07 (11 points), voc (area under the curve), both"
           " at an IoU of .5, or coco (the mean over .5 to .95).", ("voc07", "voc", "coco"), recipe=False),
     Field("eval.every", 0, "iterations", "Evaluate so often; 0: only at the end.", NOT_NEGATIVE, recipe=False),
@@ -224,3 +237,20 @@ FIELDS = (
     Field("init.head", "keep", "", "The classifier of init.weights: keep it, or replace it by a new one for the data's"
           " classes.", ("keep", "replace")),
 )  # fmt: skip
+
+_CLASSIFICATION = (
+    "data.name", "data.holdout", "data.placement", "data.image_size", "data.crop", "data.scales", "data.smallest_area",
+    "data.interpolation", "data.reduced_dct", "data.mean_image", "data.pad", "data.color_noise", "data.cache",
+    "data.cache_gb", "data.cache_dir", "loss.label_smoothing", "optimizer.accumulate", "optimizer.head_rate",
+    "schedule.warmup_error", "eval.resize", "eval.interpolation", "eval.scales",
+)  # fmt: skip
+_DETECTION = ("data.difficult", "data.without_boxes", "data.shapes")
+
+
+def _task(name: str) -> str:
+    if name in _CLASSIFICATION:
+        return "classification"
+    return "detection" if name.startswith("detection.") or name in _DETECTION else ""
+
+
+FIELDS = tuple(dataclasses.replace(field, task=_task(field.name)) for field in _FIELDS)

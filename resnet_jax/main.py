@@ -42,6 +42,7 @@ def main(overrides: list[tuple[str, str]]) -> int:
     for name, value in overrides:
         config_lib.override(config, name, value)
     config_lib.validate(config)
+    config_lib.check_task(config, [name for name, _ in overrides])
     workdir = buckets.open_folder("--workdir", FLAGS.workdir or f"runs/{config_lib.find_config(FLAGS.config).stem}")
     if config.deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
@@ -49,11 +50,11 @@ def main(overrides: list[tuple[str, str]]) -> int:
     from resnet_jax import cluster  # JAX starts here, after its settings.
 
     cluster.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.start_seconds, FLAGS.peer_seconds)
-    from resnet_jax.run import run_classification, run_seeds
+    from resnet_jax.run import run_seeds, run_task
 
     explicit = [name for name, _ in overrides]
     if FLAGS.seeds is None:
-        return run_classification(config, workdir, FLAGS.mode, explicit)
+        return run_task(config, workdir, FLAGS.mode, explicit)
     seeds = [int(seed) if seed.isdecimal() else None for seed in FLAGS.seeds]
     if not seeds or None in seeds or len(set(seeds)) < len(seeds) or "seed" in explicit:
         raise UsageError(

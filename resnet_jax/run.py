@@ -14,6 +14,7 @@ from resnet_jax import distributed, peers
 from resnet_jax.buckets import Folder, absolute
 from resnet_jax.classification.task import Classification
 from resnet_jax.config import flatten, restore_config
+from resnet_jax.detection.task import Detection
 from resnet_jax.errors import UsageError
 from resnet_jax.fields import FIELDS
 from resnet_jax.locks import lock
@@ -24,8 +25,10 @@ from resnet_jax.pretrained.source import read_weights, resumed
 from resnet_jax.pretrained.start import starting_weights
 from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.loop import Training
+from resnet_jax.training.results import title
 from resnet_jax.training.signals import StopSignal
 from resnet_jax.training.state import TrainState
+from resnet_jax.training.task import Task
 from resnet_jax.training.workdir import (
     CENTER,
     DATA,
@@ -38,6 +41,7 @@ from resnet_jax.training.workdir import (
     results_folder,
 )
 
+TASKS = {"classification": Classification, "detection": Detection}
 CALIBRATED = "calibrated.safetensors"
 
 
@@ -47,9 +51,7 @@ def code_version() -> str:
     return hashlib.sha256(b"".join([jax.__version__.encode(), *(file.read_bytes() for file in files)])).hexdigest()[:12]
 
 
-def run_classification(
-    config: ml_collections.ConfigDict, workdir: Folder, mode: str, explicit: Collection[str] = ()
-) -> int:
+def run_task(config: ml_collections.ConfigDict, workdir: Folder, mode: str, explicit: Collection[str] = ()) -> int:
     """Trains (``train``), evaluates (``eval``) or calibrates in ``workdir``; returns the exit status.
 
     Args:
@@ -76,6 +78,8 @@ def _run(
         peers.peers().agree("config", {"mode": mode, "code": code_version()} | shared)
         seen = {"its newest checkpoint": done, "its config.json": read_json(workdir / "config.json")}
         peers.peers().agree("workdir", seen)  # Also where nothing is written, which would tell.
+    if mode == "calibrate" and config.task != "classification":
+        raise UsageError(f"--mode=calibrate is for classification, and this is task={config.task}")
     check_writable(workdir)
     only_evaluated = done is None and (workdir / "summary.json").is_file() and not (workdir / "metrics.jsonl").exists()
     if not only_evaluated:  # There nothing is lost by another recipe.
@@ -92,7 +96,7 @@ def _run(
     mesh = distributed.make_mesh()
     with jax.set_mesh(mesh):
         start = starting_weights(config) if done is None else resumed(workdir)
-        task = Classification(config, mesh, start, explicit)
+        task = TASKS[config.task](config, mesh, start, explicit)
         train = mode == "train"
         if done is not None:
             check_data(workdir, task.description, training=train)
@@ -133,35 +137,35 @@ def run_seeds(
     another evaluation than the usual one ``seeds_<its name>.json``) has the errors, their mean and their standard
     deviation (of a sample: n - 1).
     """
-    errors, name = {}, "calibrated" if mode == "calibrate" else ""
+    figures, name, task = {}, "calibrated" if mode == "calibrate" else "", TASKS[config.task]
     protocol = CENTER if mode == "train" else config.eval.protocol
     for seed in seeds:
         config = config.copy_and_resolve_references()
         config.seed = seed
         print(f"seed {seed}", flush=True)
-        status = run_classification(config, workdir / f"seed_{seed}", mode, explicit)
+        status = run_task(config, workdir / f"seed_{seed}", mode, explicit)
         if status:
             return status
         if distributed.leads():  # Who has written them.
             results = results_folder(workdir / f"seed_{seed}", name, protocol)
-            errors[str(seed)] = read_json(results / "summary.json")["top1_error"]
+            figures[str(seed)] = read_json(results / "summary.json")[task.objective]
     if not distributed.leads():
         return 0
-    found = {"top1_error": errors, **spread(list(errors.values()))}
+    found = {task.objective: figures, **spread(list(figures.values()), task.sign)}
     where = workdir / ("seeds.json" if results.name.startswith("seed_") else f"seeds_{results.name}.json")
     write_json(where, found)
     deviation = "" if found["std"] is None else f" +- {found['std']:.2f}"
-    print(f"{len(seeds)} seeds: top1 error {found['mean']:.2f}{deviation}%, best {found['best']:.2f}%;"
+    print(f"{len(seeds)} seeds: {title(task.objective)} {found['mean']:.2f}{deviation}%, best {found['best']:.2f}%;"
           f" wrote {where}", flush=True)  # fmt: skip
     return 0
 
 
-def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """``mean``, ``std`` (n - 1; None of a single value) and ``best``, the least."""
+def spread(values: Sequence[float], sign: int = 1) -> dict[str, float | None]:
+    """``mean``, ``std`` (n - 1; None of a single value) and ``best``, the least (``sign`` -1: the most)."""
     return {
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else None,
-        "best": min(values),
+        "best": sign * min(sign * value for value in values),
     }
 
 
@@ -181,17 +185,19 @@ def evaluate_run(workdir: Folder, protocol: str) -> int:
     """Evaluates a run again, by any test protocol, as ``--mode=eval`` with its own config does."""
     config, explicit = read_config(workdir)
     config.eval.protocol = protocol
-    return run_classification(config, workdir, "eval", explicit)
+    return run_task(config, workdir, "eval", explicit)
 
 
 @contextlib.contextmanager
-def open_run(workdir: Folder) -> Iterator[tuple[Classification, TrainState]]:
+def open_run(workdir: Folder, kind: str = "classification") -> Iterator[tuple[Task, TrainState]]:
     """A run that exists, for whoever looks into it: its task and its state, with the devices' mesh in force.
 
     Raises:
-      UsageError: no run of this version's is there, or its data are not.
+      UsageError: no run of this version's and of this kind of task is there, or its data are not.
     """
     (config, explicit), mesh = read_config(workdir), distributed.make_mesh()
+    if config.task != kind:
+        raise UsageError(f"{workdir}: is a run of task={config.task}; here one of {kind} is needed")
     if config.model.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     with jax.set_mesh(mesh):
@@ -199,9 +205,9 @@ def open_run(workdir: Folder) -> Iterator[tuple[Classification, TrainState]]:
             start = starting_weights(config)
         else:
             # What these were trained with is known, whatever the command line said then.
-            start, config.init.head, explicit = read_weights(str(workdir), None)[1], "keep", ()
+            start, config.init.head, explicit = read_weights(str(workdir), None, (kind,))[1], "keep", ()
         if start is None:
             raise UsageError(f"{workdir}: has no checkpoint")
-        task = Classification(config, mesh, start, explicit)
+        task = TASKS[config.task](config, mesh, start, explicit)
         check_data(workdir, task.description, training=False)
         yield task, task.initial_state()

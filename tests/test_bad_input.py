@@ -18,7 +18,7 @@ import pytest
 from resnet_jax import config as config_lib
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import create_model
-from resnet_jax.run import run_classification
+from resnet_jax.run import run_task
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -49,7 +49,7 @@ def run_refused(workdir, *overrides, mode="train"):
         for name, value in (override.split("=", 1) for override in overrides):
             config_lib.override(config, name, value)
         config_lib.validate(config)
-        run_classification(config, workdir, mode)
+        run_task(config, workdir, mode)
     assert snapshot(workdir) == before
     line = " ".join(str(caught.value).split())
     assert len(line) < 600

@@ -82,9 +82,9 @@ def test_each_seed_has_its_folder_its_network_and_its_share_of_the_summary(seeds
 
 
 def test_a_seed_is_trained_as_it_is_alone(seeds, tmp_path):
-    from resnet_jax.run import run_classification
+    from resnet_jax.run import run_task
 
-    assert run_classification(settings(seed=1), tmp_path / "alone", "train") == 0
+    assert run_task(settings(seed=1), tmp_path / "alone", "train") == 0
     one, other = (load_run_weights(str(run)) for run in (tmp_path / "alone", seeds / "seed_1"))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -93,7 +93,7 @@ def test_a_seed_is_trained_as_it_is_alone(seeds, tmp_path):
 def test_the_same_call_goes_on_where_it_was_stopped_and_leaves_what_is_finished(tmp_path, capsys, monkeypatch):
     from resnet_jax import run
 
-    workdir, train = tmp_path / "several", run.run_classification
+    workdir, train = tmp_path / "several", run.run_task
     calls = []
 
     def stopped_in_the_second(config, workdir, mode, explicit):
@@ -103,7 +103,7 @@ def test_the_same_call_goes_on_where_it_was_stopped_and_leaves_what_is_finished(
             return 143  # As after SIGTERM.
         return train(config, workdir, mode, explicit)
 
-    monkeypatch.setattr(run, "run_classification", stopped_in_the_second)
+    monkeypatch.setattr(run, "run_task", stopped_in_the_second)
     assert run_seeds(settings(), workdir, "train", [4, 2, 7], []) == 143
     assert calls == [4, 2]
     assert not (workdir / "seeds.json").exists()
@@ -202,7 +202,7 @@ def test_wrong_lists_of_seeds_are_one_line(command, tmp_path, monkeypatch, argum
     def begin(*unused):
         raise AssertionError("not refused")
 
-    monkeypatch.setattr("resnet_jax.run.run_classification", begin)
+    monkeypatch.setattr("resnet_jax.run.run_task", begin)
     monkeypatch.chdir(tmp_path)
     status, out, err = command(*arguments)
     assert (status, out) == (2, "")

@@ -1,20 +1,10 @@
 """From a config to a network and its optimizer, without data."""
 
-from typing import Any
-
 from flax import linen as nn
 import ml_collections
 
 from resnet_jax.errors import UsageError
 from resnet_jax.models.layers import count_groups
-
-
-def model_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
-    """``create_model``'s arguments as ``config.model`` says."""
-    names = ("name", "dtype", "init_fan", "batch_norm", "batch_norm_momentum")
-    # Only residual networks know these.
-    residual = {name: model[name] for name in ("zero_init_last", "freeze_at") if model[name]}
-    return {name: model[name] for name in names} | residual
 
 
 def rate_factors(config: ml_collections.ConfigDict, model: nn.Module) -> dict[str, float]:

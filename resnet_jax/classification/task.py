@@ -7,7 +7,6 @@ import math
 import sys
 from typing import Any
 
-from flax import traverse_util
 import jax
 from jax import numpy as jnp
 import ml_collections
@@ -15,7 +14,7 @@ import numpy as np
 
 from resnet_jax import distributed
 from resnet_jax.classification import calibrate, protocols, steps
-from resnet_jax.classification.network import check_groups, model_settings, rate_factors
+from resnet_jax.classification.network import check_groups, rate_factors
 from resnet_jax.classification.scores import mean_scores
 from resnet_jax.data.feed import make_feeds
 from resnet_jax.distributed import shard_batch
@@ -25,7 +24,8 @@ from resnet_jax.models.registry import create_model
 from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.preprocessing import Preprocessing
 from resnet_jax.pretrained.start import with_preprocessing
-from resnet_jax.training import schedules
+from resnet_jax.training import update
+from resnet_jax.training.network import model_settings
 from resnet_jax.training.optimizer import make_optimizer
 from resnet_jax.training.prefetch import Prefetch
 from resnet_jax.training.state import TrainState
@@ -37,7 +37,7 @@ _AHEAD = 2  # Batches that evaluation gives the devices before it waits for thei
 class Classification:
     """Images in classes. See ``training.task.Task`` for the interface."""
 
-    objective = "top1_error"
+    objective, sign = "top1_error", 1
 
     def __init__(
         self,
@@ -122,15 +122,8 @@ class Classification:
 
     def initial_state(self) -> TrainState:
         state = jax.jit(self._new_state, out_shardings=distributed.replicated(self._mesh))()
-        if not self._weights:
-            return state
-        new = traverse_util.flatten_dict(_weights_of(state))
-        given = {
-            path: array.astype(new[path].dtype) for path, array in traverse_util.flatten_dict(self._weights).items()
-        }
-        weights = traverse_util.unflatten_dict(new | given)  # A new head is not among those given.
-        average = distributed.replicate(self._mesh, weights) if state.average else None
-        return state.replace(**distributed.replicate(self._mesh, weights), average=average)
+        # A new head is not among those given.
+        return update.start_from(self._mesh, state, self._weights) if self._weights else state
 
     @property
     def description(self) -> dict[str, Any]:
@@ -247,10 +240,7 @@ class Classification:
         return state.replace(params=state.variables["params"], batch_stats=averaged, average=None)
 
     def after_evaluation(self, state: TrainState, error: float) -> TrainState:
-        schedule = schedules.after_evaluation(self._config.schedule, state.schedule, error)
-        if schedule is state.schedule:
-            return state
-        return state.replace(schedule=distributed.replicate(self._mesh, schedule))
+        return update.after_evaluation(self._mesh, state, self._config.schedule, error)
 
 
 def _weights_of(state: TrainState) -> dict[str, Any]:

@@ -95,19 +95,30 @@ def _classes(folder: pathlib.Path, labels: str) -> tuple[str, ...]:
         raise UsageError(f"{folder}: no class folders in it (expected {folder.name}/<class>/*)")
     if not labels:
         return found
+    named = read_class_names(labels)
+    for name in named:
+        if name not in found:
+            raise UsageError(f"data.labels={labels}: class {name!r} has no folder in {folder}")
+    return named
+
+
+def read_class_names(labels: str) -> tuple[str, ...]:
+    """The classes that the file ``data.labels`` lists, one a line.
+
+    Raises:
+      UsageError: it can't be read, is empty, or lists one twice.
+    """
     try:
-        lines = pathlib.Path(labels).read_text().splitlines()
+        lines = pathlib.Path(labels).expanduser().read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"data.labels={labels}: not a readable text file ({error})") from error
-    named = [line.strip() for line in lines if line.strip()]
+    named = tuple(line.strip() for line in lines if line.strip())
     if not named:
         raise UsageError(f"data.labels={labels}: no class in it (expected one a line)")
     for i, name in enumerate(named):
         if name in named[:i]:
             raise UsageError(f"data.labels={labels}: class {name!r} is listed twice")
-        if name not in found:
-            raise UsageError(f"data.labels={labels}: class {name!r} has no folder in {folder}")
-    return tuple(named)
+    return named
 
 
 def _subfolders(folder: pathlib.Path) -> tuple[str, ...]:

@@ -118,8 +118,7 @@ def training_batches(
 
       - ``images``: uint8 [n, H, W, 3], RGB; the image in the upper left corner.
       - ``extent``: int32 [n, 2], (height, width) of the image within the canvas, pixels.
-      - ``scale``: float32 [n], canvas pixels per pixel of the image before the extent was rounded to whole ones;
-        boxes go back by ``resize.scale_boxes`` from ``extent`` to the annotation's size.
+      - ``scale``: float32 [n, 2], canvas pixels per pixel of the image, down and across: its edges stay its edges.
       - ``boxes``: float32 [n, G, 4], (left, top, right, bottom), canvas pixels.
       - ``labels``: int32 [n, G].
       - ``valid``: bool [n, G], False for padding.
@@ -191,7 +190,7 @@ class BoxReader:
         piece: dict[str, Any] = {
             "images": own_pages(count, *canvas, 3),
             "extent": np.tile(np.array(canvas, np.int32), (count, 1)),
-            "scale": np.ones(count, np.float32),
+            "scale": np.ones((count, 2), np.float32),
             "boxes": np.zeros((count, self.room, 4), np.float32),
             "labels": np.zeros((count, self.room), np.int32),
             "valid": np.zeros((count, self.room), bool),
@@ -210,7 +209,8 @@ class BoxReader:
             mirrored = self.flip and uniforms is not None and uniforms[0] < 0.5
             pixels, boxes = fit(self._read(image), image.boxes, size.size, mirrored)
             piece["images"][row, : size.height, : size.width] = pixels
-            piece["extent"][row], piece["scale"][row] = size.size, size.scale
+            piece["extent"][row] = size.size
+            piece["scale"][row] = size.height / image.height, size.width / image.width
             found = len(boxes)
             piece["boxes"][row, :found], piece["labels"][row, :found] = boxes, image.labels
             piece["valid"][row, :found], piece["crowd"][row, :found] = True, image.crowd

@@ -26,12 +26,21 @@ def read_split(
 ) -> Annotations:
     """Reads a split (``train2017``) of a folder in one of the layouts above; the rest as ``read_coco``."""
     root = pathlib.Path(folder).expanduser().resolve()
-    official = root / "annotations" / f"{'instances' if labelled else 'image_info'}_{split}.json"
-    beside = root / split / "_annotations.coco.json"
-    for path in (official, beside):
+    places = _places(root, split, labelled)
+    for path in places:
         if path.is_file():
             return read_coco(str(path), str(root / split), classes, labelled, on_error)
-    raise UsageError(f"{root}: neither {official.relative_to(root)} nor {beside.relative_to(root)} in it")
+    raise UsageError(f"{root}: neither {' nor '.join(str(path.relative_to(root)) for path in places)} in it")
+
+
+def has_split(folder: str, split: str) -> bool:
+    """Whether ``read_split`` would find the annotations of a split."""
+    return any(path.is_file() for path in _places(pathlib.Path(folder).expanduser(), split, labelled=True))
+
+
+def _places(root: pathlib.Path, split: str, labelled: bool) -> tuple[pathlib.Path, ...]:
+    official = root / "annotations" / f"{'instances' if labelled else 'image_info'}_{split}.json"
+    return official, root / split / "_annotations.coco.json"
 
 
 def read_coco(

@@ -14,7 +14,6 @@ import numpy as np
 from resnet_jax.detection.annotations import Annotations, Detections, check_detections
 from resnet_jax.detection.coco import box_corners, load_json
 from resnet_jax.errors import UsageError
-from resnet_jax.output import write_whole
 
 
 def detections_from(found: Sequence[tuple[Sequence[float], int, float]]) -> Detections:
@@ -44,15 +43,11 @@ def coco_results(annotations: Annotations, detections: Sequence[Detections]) -> 
     return entries
 
 
-def write_coco_results(path: str, annotations: Annotations, detections: Sequence[Detections]) -> None:
-    """Writes a JSON file in COCO's result format.
-
-    Raises:
-      UsageError: it can't be written.
-    """
+def coco_file(annotations: Annotations, detections: Sequence[Detections]) -> bytes:
+    """A JSON file in COCO's result format."""
     entries = coco_results(annotations, detections)
     lines = ",\n".join(json.dumps(entry, allow_nan=False) for entry in entries)
-    write_whole(pathlib.Path(path), lambda file: file.write(f"[{lines}]\n".encode()))
+    return f"[{lines}]\n".encode()
 
 
 def read_coco_results(path: str, annotations: Annotations) -> list[Detections]:
@@ -85,27 +80,25 @@ def read_coco_results(path: str, annotations: Annotations) -> list[Detections]:
     return [detections_from(found[image.id]) for image in annotations.images]
 
 
-def write_voc_results(
-    folder: str, image_set: str, annotations: Annotations, detections: Sequence[Detections], competition: str = "comp4"
-) -> None:
-    """Writes the devkit's detection files, one per class: lines ``image score xmin ymin xmax ymax``.
+def voc_files(
+    image_set: str, annotations: Annotations, detections: Sequence[Detections], competition: str = "comp4"
+) -> dict[str, bytes]:
+    """The devkit's detection files, one per class: lines ``image score xmin ymin xmax ymax``.
 
     Args:
-      folder: takes ``comp4_det_<image set>_<class>.txt``; made if it is missing.
       image_set: its name: ``test``.
       annotations: the images that ``detections`` are of.
       detections: one per image.
       competition: ``comp3`` if trained on VOC alone, ``comp4`` otherwise, as with ImageNet weights.
 
+    Returns:
+      Name, ``comp4_det_<image set>_<class>.txt`` -> content.
+
     Raises:
-      UsageError: a file can't be written.
+      UsageError: a class whose name can't be part of a file's.
     """
     check_detections(annotations, detections)
-    root = pathlib.Path(folder)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{root}: can't be made ({error.strerror})") from error
+    files = {}
     for label, name in enumerate(annotations.classes):
         lines = []
         for image, found in zip(annotations.images, detections, strict=True):
@@ -114,14 +107,14 @@ def write_voc_results(
                 found.boxes[mine].astype(np.float64).tolist(), found.scores[mine].tolist(), strict=True
             ):
                 lines.append(f"{image.id} {score!r} {left + 1!r} {top + 1!r} {right!r} {bottom!r}\n")
-        content = "".join(lines).encode()
-        write_whole(_voc_file(root, image_set, name, competition), lambda file, content=content: file.write(content))
+        files[_voc_name(image_set, name, competition)] = "".join(lines).encode()
+    return files
 
 
 def read_voc_results(
     folder: str, image_set: str, annotations: Annotations, competition: str = "comp4"
 ) -> list[Detections]:
-    """Reads the devkit's detection files; the arguments as in ``write_voc_results``.
+    """Reads the devkit's detection files; the arguments as in ``voc_files``; ``folder`` holds them.
 
     Returns:
       One per image of ``annotations``, each image's by class and then in the order of the file.
@@ -131,7 +124,7 @@ def read_voc_results(
     """
     found: dict[str, list] = {str(image.id): [] for image in annotations.images}
     for label, name in enumerate(annotations.classes):
-        path = _voc_file(pathlib.Path(folder), image_set, name, competition)
+        path = pathlib.Path(folder) / _voc_name(image_set, name, competition)
         try:
             lines = path.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -152,7 +145,7 @@ def read_voc_results(
     return [detections_from(found[str(image.id)]) for image in annotations.images]
 
 
-def _voc_file(root: pathlib.Path, image_set: str, name: str, competition: str) -> pathlib.Path:
+def _voc_name(image_set: str, name: str, competition: str) -> str:
     if "/" in name or "\0" in name:
         raise UsageError(f"class {name!r} can't be part of a file's name, as VOC's result files have it")
-    return root / f"{competition}_det_{image_set}_{name}.txt"
+    return f"{competition}_det_{image_set}_{name}.txt"

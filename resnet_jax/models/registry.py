@@ -74,7 +74,9 @@ def default_input(name: str) -> tuple[int, int]:
     return (32, 10) if name.startswith("cifar_") else (224, 1000)
 
 
-def create_model(name: str, num_classes: int | None = None, dtype: str = "auto", **overrides: Any) -> nn.Module:
+def create_model(
+    name: str, num_classes: int | None = None, dtype: str = "auto", width: float = 1.0, **overrides: Any
+) -> nn.Module:
     """Builds a network by its name.
 
     Args:
@@ -82,6 +84,8 @@ def create_model(name: str, num_classes: int | None = None, dtype: str = "auto",
       num_classes: length of the logits; the paper's (1000, CIFAR 10) when not given.
       dtype: compute dtype, ``auto``, ``bfloat16``, ``float32`` or ``float64``. ``auto`` is
         bfloat16 on TPU and GPU and float32 on CPU. Parameters and statistics are float32 (float64).
+      width: channels of a residual net's layers, times the paper's, rounded to multiples of 4 (what a bottleneck
+        divides by).
       **overrides: any other attribute of ``ResNet`` or ``VGG``, such as ``batch_norm="group:32"``.
 
     Returns:
@@ -97,6 +101,17 @@ def create_model(name: str, num_classes: int | None = None, dtype: str = "auto",
     for field in overrides:
         if field not in known:
             raise UsageError(f"model {name!r} has no setting {field!r}{did_you_mean(field, known)}")
+    if width != 1:
+        if row.func is not ResNet:
+            raise UsageError(f"model {name!r} has one width alone")
+        channels = {
+            "widths": row.keywords["widths"],
+            "stem_width": (row.keywords.get("stem_width", ResNet.stem_width),),
+        }
+        channels = {
+            field: tuple(max(4, 4 * round(width * c / 4)) for c in counts) for field, counts in channels.items()
+        }
+        overrides = {"widths": channels["widths"], "stem_width": channels["stem_width"][0]} | overrides
     num_classes = default_input(name)[1] if num_classes is None else num_classes
     return row(num_classes=num_classes, dtype=resolve_dtype(dtype), **overrides)
 

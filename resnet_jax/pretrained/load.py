@@ -34,6 +34,7 @@ class Pretrained:
       classes: names in the order of the logits, where known.
       title: the format, for people.
       history: where they come from, for people: ``source``, and of a run ``config`` and ``metrics``.
+      task: what the network was trained for.
     """
 
     settings: dict[str, Any]
@@ -42,6 +43,7 @@ class Pretrained:
     classes: tuple[str, ...] | None
     title: str
     history: dict[str, Any] = dataclasses.field(default_factory=dict)
+    task: str = "classification"
 
     @classmethod
     def of_run(cls, data: dict[str, Any], variables: dict[str, Any] | None) -> "Pretrained":

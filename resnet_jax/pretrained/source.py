@@ -1,5 +1,6 @@
 """Weights by whatever names them: a file, a run of ours, a name of the hub, an address."""
 
+from collections.abc import Collection
 import dataclasses
 import io
 import re
@@ -44,15 +45,18 @@ def load_pretrained(
     return module, jax.tree.map(jnp.asarray, found.variables), found.preprocessing
 
 
-def read_weights(source: str, model: str | None) -> tuple[str, Pretrained]:
+def read_weights(
+    source: str, model: str | None, tasks: Collection[str] = ("classification",)
+) -> tuple[str, Pretrained]:
     """The network's name and its weights.
 
     Args:
       source: see ``load_pretrained``.
       model: our name of the network, or None where the source says it or only one has its arrays.
+      tasks: what the network may have been trained for; files are of classification.
 
     Raises:
-      UsageError: nothing there, no name, or weights of another network.
+      UsageError: nothing there, no name, or weights of another network or task.
     """
     source = str(source)
     path = fetch(source)
@@ -65,9 +69,12 @@ def read_weights(source: str, model: str | None) -> tuple[str, Pretrained]:
             raise UsageError(f"{source}: no work directory of a run (no config.json of one in it)")
         if model not in (None, config["model.name"]):
             raise UsageError(f"{source}: holds {config['model.name']}, not {model}")
+        task = config.get("task", "classification")
+        if task not in tasks:
+            raise UsageError(f"{source}: is a run of task={task}; here one of {' or '.join(tasks)} is needed")
         evaluated = latest_step(path) is None and (path / "summary.json").is_file()
         if evaluated and config.get("init.weights"):  # Others' weights were, and nothing was trained.
-            return read_weights(config["init.weights"], config["model.name"])
+            return read_weights(config["init.weights"], config["model.name"], tasks)
         return config["model.name"], _read_run(path, config)
     if in_bucket(path):
         raise UsageError(f"{source}: of a bucket only the work directory of a run is read; copy the file")
@@ -86,9 +93,8 @@ def _read_run(workdir: Folder, config: dict[str, Any]) -> Pretrained:
     """The weights of a run of ours, with the preprocessing it was trained with."""
     found = _known(workdir, load_run_weights(str(workdir)))
     metrics = read_json(workdir / "summary.json") or {}
-    return dataclasses.replace(
-        found, history={"source": f"{absolute(workdir).name} (a run of ours)", "metrics": metrics, "config": config}
-    )
+    history = {"source": f"{absolute(workdir).name} (a run of ours)", "metrics": metrics, "config": config}
+    return dataclasses.replace(found, history=history, task=config.get("task", "classification"))
 
 
 def _known(workdir: Folder, variables: dict[str, Any] | None) -> Pretrained:

@@ -22,7 +22,7 @@ def starting_weights(config: ml_collections.ConfigDict) -> Pretrained | None:
     if source:
         if not is_remote(source) and not pathlib.Path(source).expanduser().exists():
             raise UsageError(f"init.weights={source}: no such file or folder")
-        return read_weights(source, config.model.name)[1]
+        return read_weights(source, config.model.name, {"classification", config.task})[1]
     if config.init.head == "replace":
         raise UsageError("init.head=replace goes with init.weights: set --config.init.weights=FILE")
     return None

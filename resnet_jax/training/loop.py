@@ -271,18 +271,18 @@ class Training:
         """Evaluates the validation split; returns the state after it, and whether it is the best so far."""
         self._window.pause()
         evaluation = self._last = self._look(state, self._task.validation, step, stop)
-        error = evaluation.metrics[self._task.objective]
+        figure, sign = evaluation.metrics[self._task.objective], self._task.sign
         self._writer.write(step, {f"{self._task.validation}_{name}": v for name, v in evaluation.metrics.items()})
         self._console.line(f"step {step}  {self._task.validation}: {describe(evaluation.metrics)}")
         record.evaluated = step
-        improved = record.best is None or error < record.best
+        improved = record.best is None or sign * figure < sign * record.best
         record.stale = 0 if improved else record.stale + 1
         if improved:
-            record.best, record.best_step = error, step
+            record.best, record.best_step = figure, step
         elif record.stale == self._config.eval.patience:
             record.stopped = True
-            self._console.line(f"stopping early: {record.stale} evaluations without less than {record.best:.2f}%")
-        return self._task.after_evaluation(state, error), improved
+            self._console.line(f"stopping early: {record.stale} evaluations no better than {record.best:.2f}%")
+        return self._task.after_evaluation(state, sign * figure), improved
 
     def _checkpoint_due(self, step: int) -> bool:
         every, minutes = self._config.checkpoint.every, self._config.checkpoint.minutes

@@ -8,20 +8,30 @@ from resnet_jax.buckets import Folder
 from resnet_jax.output import make_folder, write_json, write_whole
 from resnet_jax.training.task import Evaluation
 
+_HEADLINES = {"top1_error": "top1 error", "top5_error": "top5 error", "map": "mAP", "ap50": "AP50"}  # Percentages.
+
 
 def write_results(folder: Folder, summary: dict[str, Any], evaluation: Evaluation) -> None:
-    """Writes both files into ``folder``, which is made where needed; the evaluation's figures join the summary's.
+    """Writes the files into ``folder``, which is made where needed; the evaluation's figures join the summary's.
 
     Raises:
       UsageError: they can't be written.
     """
     make_folder(folder)
     write_whole(folder / "predictions.npz", lambda file: np.savez(file, **evaluation.predictions))
+    for name, content in evaluation.files.items():
+        make_folder((folder / name).parent)
+        write_whole(folder / name, lambda file, content=content: file.write(content))
     write_json(folder / "summary.json", summary | evaluation.metrics)
+
+
+def title(metric: str) -> str:
+    """What people call a metric."""
+    return _HEADLINES.get(metric, metric)
 
 
 def describe(metrics: dict[str, float]) -> str:
     """The figures a person looks for first."""
-    errors = [name for name in ("top1_error", "top5_error") if name in metrics]
-    shown = [f"{name.replace('_', ' ')} {metrics[name]:.2f}%" for name in errors]
-    return ", ".join([*shown, f"loss {metrics['loss']:.4f}", f"{metrics['examples']} examples"])
+    shown = [f"{title} {metrics[name]:.2f}%" for name, title in _HEADLINES.items() if name in metrics]
+    shown += [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+    return ", ".join([*shown, f"{metrics['examples']} examples"])

@@ -17,10 +17,12 @@ class Evaluation:
     Attributes:
       metrics: plain numbers; errors in %, ``examples`` the count.
       predictions: arrays that go to ``predictions.npz``, the first axis over examples; and which ``test_set`` it was.
+      files: what is written besides: name -> content.
     """
 
     metrics: dict[str, float]
     predictions: dict[str, np.ndarray]
+    files: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -36,7 +38,10 @@ class Task(Protocol):
       streams: whether batches bring data from files, so that steps may have to wait for it.
       broken: examples that could not be read so far and were left out: where -> why.
       validation: the split that ``eval.every`` looks at; ``test`` unless examples are held out.
-      objective: the metric that decides what is best, and whose rise or fall the plateau rule watches; less is better.
+      objective: the metric that decides what is best, and whose rise or fall the plateau rule watches.
+      sign: 1 where less of it is better, -1 where more is.
+      description: what a run remembers of its data: ``classes`` (names), ``examples``, ``preprocessing``, ``settings``
+        (attributes of the network that the config does not say) and ``mean_image`` (an array or None).
     """
 
     name: str
@@ -49,6 +54,11 @@ class Task(Protocol):
     broken: dict[str, str]
     validation: str
     objective: str
+    sign: int
+    description: dict[str, Any]
+
+    def fingerprint(self) -> dict[str, str]:
+        """Tells data apart: what all processes of a run must have alike, by what it is called."""
 
     def initial_state(self) -> TrainState:
         """The state before the first step, laid out on the devices."""
@@ -66,4 +76,4 @@ class Task(Protocol):
         """Evaluates every example of a split once; ``poll`` is called often and may raise to break off."""
 
     def after_evaluation(self, state: TrainState, error: float) -> TrainState:
-        """Lets the rules that watch the evaluated error act."""
+        """Lets the rules that watch the evaluated error (``sign`` times the objective) act."""

@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+from flax import traverse_util
 import jax
 from jax import numpy as jnp
+import ml_collections
 import optax
 
-from resnet_jax.training.schedules import initial_schedule_state
+from resnet_jax import distributed
+from resnet_jax.training import schedules
 from resnet_jax.training.state import TrainState
 
 
@@ -27,10 +30,36 @@ def initial_state(
         params=params,
         batch_stats=batch_stats,
         opt_state=optimizer.init(params),
-        schedule=initial_schedule_state(),
+        schedule=schedules.initial_schedule_state(),
         # A copy: the state's buffers are donated, and none may be donated twice.
         average=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else None,
     )
+
+
+def start_from(mesh: jax.sharding.Mesh, state: TrainState, weights: dict[str, Any]) -> TrainState:
+    """The state with other initial weights; arrays that are not among ``weights`` stay as they are.
+
+    Args:
+      mesh: over whose devices they are replicated.
+      state: before the first step.
+      weights: ``params`` and ``batch_stats``, NumPy arrays, or parts of them.
+    """
+    new = traverse_util.flatten_dict({"params": state.params, "batch_stats": state.batch_stats})
+    given = {path: array.astype(new[path].dtype) for path, array in traverse_util.flatten_dict(weights).items()}
+    variables = traverse_util.unflatten_dict(new | given)
+    variables.setdefault("batch_stats", {})  # Of a network without BN there is nothing to flatten.
+    average = distributed.replicate(mesh, variables) if state.average else None
+    return state.replace(**distributed.replicate(mesh, variables), average=average)
+
+
+def after_evaluation(
+    mesh: jax.sharding.Mesh, state: TrainState, config: ml_collections.ConfigDict, error: float
+) -> TrainState:
+    """The state once the rule that watches the evaluated error (the section ``schedule``) has heard of it."""
+    schedule = schedules.after_evaluation(config, state.schedule, error)
+    if schedule is state.schedule:
+        return state
+    return state.replace(schedule=distributed.replicate(mesh, schedule))
 
 
 def apply_gradients(

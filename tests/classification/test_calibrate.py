@@ -21,7 +21,7 @@ from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.vgg import VGG
 from resnet_jax.pretrained.source import load_pretrained
-from resnet_jax.run import run_classification
+from resnet_jax.run import run_task
 from resnet_jax.training.checkpoints import load_run_weights
 
 BATCH = 24
@@ -158,9 +158,9 @@ def calibrated(folder, tmp_path_factory) -> pathlib.Path:
     """A run with averaged weights, and what calibration makes of it."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
     config = settings(folder, **{"optimizer.ema": 0.9})
-    assert run_classification(config, workdir, "train") == 0
+    assert run_task(config, workdir, "train") == 0
     before = {name: (workdir / name).read_bytes() for name in ("summary.json", "predictions.npz", "config.json")}
-    assert run_classification(config, workdir, "calibrate") == 0
+    assert run_task(config, workdir, "calibrate") == 0
     assert {name: (workdir / name).read_bytes() for name in before} == before
     return workdir
 
@@ -192,7 +192,7 @@ def test_what_is_calibrated_are_the_averaged_weights(calibrated, folder):
     for one, other in zip(*(jax.tree.leaves(x["params"]) for x in (averaged, variables)), strict=True):
         np.testing.assert_array_equal(one, other)
     plain = calibrated.parent / "plain"  # The same training; its weights are not averaged.
-    assert run_classification(settings(folder), plain, "train") == 0
+    assert run_task(settings(folder), plain, "train") == 0
     last = load_run_weights(str(plain))["params"]["head"]["kernel"]
     assert np.abs(last - variables["params"]["head"]["kernel"]).max() > 1e-4
     order = whole_batches(100, BATCH, 3)
@@ -210,7 +210,7 @@ def test_what_is_calibrated_are_the_averaged_weights(calibrated, folder):
 def test_imported_weights_are_calibrated_too(calibrated, folder):
     config = settings(folder, **{"init.weights": str(calibrated / "calibrated.safetensors")})
     again = calibrated.parent / "again"
-    assert run_classification(config, again, "calibrate") == 0
+    assert run_task(config, again, "calibrate") == 0
     # Of the same weights and images in the same order.
     one, other = (load_pretrained(str(run / "calibrated.safetensors"), "tiny")[1] for run in (calibrated, again))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
@@ -220,7 +220,7 @@ def test_imported_weights_are_calibrated_too(calibrated, folder):
 def test_a_training_set_smaller_than_a_batch_is_refused(calibrated, folder, tmp_path):
     changes = {"batch_size": 104, "init.weights": str(calibrated / "calibrated.safetensors")}
     with pytest.raises(UsageError, match=r"100 training images don't fill a batch_size of 104") as caught:
-        run_classification(settings(folder, **changes), tmp_path / "run", "calibrate")
+        run_task(settings(folder, **changes), tmp_path / "run", "calibrate")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "calibrated.safetensors").exists()
 

@@ -23,7 +23,7 @@ from resnet_jax.config import default_config, flatten
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.run import run_classification
+from resnet_jax.run import run_task
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LABELS = [0, 1, 2, 0]
@@ -219,7 +219,7 @@ def runs(tmp_path_factory) -> list[pathlib.Path]:
             config = default_config()
             config.model.name, config.seed, config.steps, config.batch_size = "tiny", seed, 3, 64
             config.log.tensorboard = False
-            assert run_classification(config, folder / f"seed_{seed}", "train") == 0
+            assert run_task(config, folder / f"seed_{seed}", "train") == 0
         yield [folder / "seed_0", folder / "seed_1"]
 
 

@@ -35,7 +35,7 @@ from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.preprocessing import Preprocessing
 from resnet_jax.pretrained.save import save_safetensors
 from resnet_jax.pretrained.source import read_weights
-from resnet_jax.run import run_classification
+from resnet_jax.run import run_task
 
 MODEL, ROOT = "cifar_resnet8", pathlib.Path(__file__).parents[2]
 PREPROCESSING = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 32, 36)
@@ -194,7 +194,7 @@ def trained(folder: pathlib.Path, monkeypatch, **changes) -> tuple[pathlib.Path,
     row = functools.partial(ResNet, blocks=(1, 1), widths=(4, 8), shortcut="A", stem="cifar", stem_width=4)
     monkeypatch.setitem(MODELS, "tiny", row)
     monkeypatch.setattr("resnet_jax.distributed.jax.devices", lambda: jax.local_devices()[:1])
-    assert run_classification(config, folder / "run", "train") == 0
+    assert run_task(config, folder / "run", "train") == 0
     return folder / "run", files
 
 

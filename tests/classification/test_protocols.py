@@ -22,7 +22,7 @@ from resnet_jax.data import crops
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.run import run_classification
+from resnet_jax.run import run_task
 
 SIZE, RESIZE, SCALES = 32, 36, (32, 48)
 CLASSES = ("ant", "bee", "cow")
@@ -306,7 +306,7 @@ def test_a_canvas_holds_its_images_keeps_their_orientation_and_there_are_few():
 def trained(folder, tmp_path_factory) -> pathlib.Path:
     """A run whose own evaluation is the single view, and whose config asks for ten crops besides."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    assert run_classification(settings(folder, **{"eval.protocol": "ten_crop"}), workdir, "train") == 0
+    assert run_task(settings(folder, **{"eval.protocol": "ten_crop"}), workdir, "train") == 0
     return workdir
 
 
@@ -332,7 +332,7 @@ def test_training_with_a_protocol_writes_its_evaluation_beside_the_run_s_own(tra
 def test_evaluating_by_a_protocol_leaves_the_run_s_own_files(trained, folder):
     before = files_of(trained)
     assert (
-        run_classification(settings(folder, **{"eval.protocol": "multi_scale", "eval.scales": (32,)}), trained, "eval")
+        run_task(settings(folder, **{"eval.protocol": "multi_scale", "eval.scales": (32,)}), trained, "eval")
         == 0
     )
     assert files_of(trained) == before
@@ -345,7 +345,7 @@ def test_evaluating_by_a_protocol_leaves_the_run_s_own_files(trained, folder):
 
 def test_the_single_view_s_evaluation_is_the_run_s_own(trained, folder):
     before = np.load(trained / "predictions.npz")["probabilities"]
-    assert run_classification(settings(folder), trained, "eval") == 0
+    assert run_task(settings(folder), trained, "eval") == 0
     np.testing.assert_array_equal(np.load(trained / "predictions.npz")["probabilities"], before)
 
 
@@ -397,7 +397,7 @@ def test_protocols_need_images_larger_than_the_network_s_input(folder, tmp_path,
     assert "\n" not in str(caught.value)
     # Training is not the way to find out.
     with pytest.raises(UsageError, match=said):
-        run_classification(config, tmp_path / "run", "train")
+        run_task(config, tmp_path / "run", "train")
     assert not (tmp_path / "run").exists()
 
 

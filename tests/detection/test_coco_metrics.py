@@ -13,7 +13,7 @@ import pytest
 from resnet_jax.detection.annotations import Annotations, Detections, annotated_image
 from resnet_jax.detection.coco import read_coco, read_split
 from resnet_jax.detection.coco_metrics import NAMES, coco_metrics
-from resnet_jax.detection.result_files import read_coco_results, write_coco_results
+from resnet_jax.detection.result_files import coco_file, read_coco_results
 from resnet_jax.errors import UsageError
 
 pycocotools = pytest.importorskip("pycocotools")
@@ -88,7 +88,7 @@ def test_the_twelve_figures_are_pycocotools(tmp_path, seed, capsys):
     np.testing.assert_allclose(list(figures.values()), expected, rtol=0, atol=1e-9)
     assert len(np.unique(expected)) == 12 and (expected > 0).all() and (expected < 1).all()
     # What we write is what its test server would score.
-    write_coco_results(str(tmp_path / "ours.json"), annotations, detections)
+    (tmp_path / "ours.json").write_bytes(coco_file(annotations, detections))
     np.testing.assert_allclose(directly(path, str(tmp_path / "ours.json")), expected, rtol=0, atol=1e-9)
 
 
@@ -165,6 +165,6 @@ def test_coco64_with_jittered_boxes_scores_as_its_own_file_does(tmp_path):
         )
         for image in annotations.images
     ]
-    write_coco_results(str(tmp_path / "results.json"), annotations, detections)
+    (tmp_path / "results.json").write_bytes(coco_file(annotations, detections))
     expected = directly(DATA / "coco64/annotations/instances_val2017.json", str(tmp_path / "results.json"))
     np.testing.assert_allclose(list(coco_metrics(annotations, detections).values()), expected, rtol=0, atol=1e-9)

@@ -9,10 +9,10 @@ from refusals import usage_error
 
 from resnet_jax.detection.annotations import Annotations, Detections, annotated_image
 from resnet_jax.detection.result_files import (
+    coco_file,
     read_coco_results,
     read_voc_results,
-    write_coco_results,
-    write_voc_results,
+    voc_files,
 )
 
 
@@ -30,6 +30,12 @@ def found() -> tuple[Annotations, list[Detections]]:
     return Annotations(("a", "b", "a c"), (3, 7, 90), images), detections
 
 
+def write(folder: pathlib.Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
 def same(one: Detections, other: Detections) -> None:
     for field in ("boxes", "labels", "scores"):
         mine, theirs = getattr(one, field), getattr(other, field)
@@ -40,7 +46,7 @@ def same(one: Detections, other: Detections) -> None:
 def test_cocos_result_format_and_back_is_exact(tmp_path, found):
     annotations, detections = found
     path = str(tmp_path / "results.json")
-    write_coco_results(path, annotations, detections)
+    pathlib.Path(path).write_bytes(coco_file(annotations, detections))
     entries = json.loads(pathlib.Path(path).read_text())
     assert len(entries) == 58 and set(entries[0]) == {"image_id", "category_id", "bbox", "score"}
     box = detections[2].boxes[0].astype(float)
@@ -52,7 +58,7 @@ def test_cocos_result_format_and_back_is_exact(tmp_path, found):
 
 def test_the_devkits_result_files_and_back_are_exact(tmp_path, found):
     annotations, detections = found
-    write_voc_results(str(tmp_path / "results"), "test", annotations, detections)
+    write(tmp_path / "results", voc_files("test", annotations, detections))
     names = sorted(path.name for path in (tmp_path / "results").iterdir())
     assert names == ["comp4_det_test_a c.txt", "comp4_det_test_a.txt", "comp4_det_test_b.txt"]
     assert (tmp_path / "results/comp4_det_test_b.txt").read_text() == ""
@@ -64,7 +70,7 @@ def test_the_devkits_result_files_and_back_are_exact(tmp_path, found):
 def test_the_devkits_boxes_are_inclusive_and_start_at_one(tmp_path):
     annotations = Annotations(("dog",), (1,), (annotated_image("old name", "", 500, 400, [], []),))
     found = Detections(np.float32([[0, 0, 500, 400]]), np.int32([0]), np.float32([0.5]))
-    write_voc_results(str(tmp_path), "val", annotations, [found])
+    write(tmp_path, voc_files("val", annotations, [found]))
     assert (tmp_path / "comp4_det_val_dog.txt").read_text() == "old name 0.5 1.0 1.0 500.0 400.0\n"
     same(read_voc_results(str(tmp_path), "val", annotations)[0], found)
 
@@ -99,7 +105,7 @@ def test_a_damaged_coco_result_names_its_entry(tmp_path, found, content, message
     ],
 )
 def test_a_damaged_voc_result_names_its_line(tmp_path, found, content, message):
-    write_voc_results(str(tmp_path), "test", *found)
+    write(tmp_path, voc_files("test", *found))
     (tmp_path / "comp4_det_test_a.txt").write_text(content)
     assert message in usage_error(read_voc_results, str(tmp_path), "test", found[0])
     (tmp_path / "comp4_det_test_a.txt").unlink()
@@ -108,11 +114,10 @@ def test_a_damaged_voc_result_names_its_line(tmp_path, found, content, message):
     )
 
 
-def test_detections_that_do_not_fit_the_images_are_refused(tmp_path, found):
+def test_detections_that_do_not_fit_the_images_are_refused(found):
     annotations, detections = found
     with pytest.raises(ValueError, match="3 images"):
-        write_coco_results(str(tmp_path / "x"), annotations, detections[:3])
+        coco_file(annotations, detections[:3])
     wrong = Detections(np.zeros((1, 4), np.float32), np.int32([3]), np.ones(1, np.float32))
     with pytest.raises(ValueError, match=r"image 5: labels outside 0\.\.2"):
-        write_voc_results(str(tmp_path / "x"), "test", annotations, [*detections[:3], wrong])
-    usage_error(write_coco_results, str(tmp_path / "none" / "x.json"), annotations, detections)
+        voc_files("test", annotations, [*detections[:3], wrong])

@@ -25,7 +25,7 @@ from resnet_jax.pretrained.preprocessing import Preprocessing
 from resnet_jax.pretrained.program import save_program
 from resnet_jax.pretrained.save import save_safetensors
 from resnet_jax.pretrained.source import read_weights
-from resnet_jax.run import run_classification
+from resnet_jax.run import run_task
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIDE = 8
@@ -179,7 +179,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "tiny", row)
         patch.setattr("resnet_jax.distributed.jax.devices", lambda: jax.local_devices()[:1])
-        assert run_classification(config, folder / "mine", "train") == 0
+        assert run_task(config, folder / "mine", "train") == 0
         yield folder / "mine"
 
 

@@ -26,7 +26,7 @@ from resnet_jax.pretrained.preprocessing import Preprocessing
 from resnet_jax.pretrained.program import save_program
 from resnet_jax.pretrained.save import save_safetensors
 from resnet_jax.pretrained.source import read_weights
-from resnet_jax.run import run_classification
+from resnet_jax.run import run_task
 
 PREPROCESSING = Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 40, 44, "bicubic")
 
@@ -167,7 +167,7 @@ def grey(tmp_path_factory):
         patch.setitem(MODELS, "tiny", row)
         patch.setitem(SOURCES, "digits", lambda data: dataset)
         patch.setattr("resnet_jax.distributed.jax.devices", lambda: jax.local_devices()[:1])
-        assert run_classification(config, folder / "run", "train") == 0
+        assert run_task(config, folder / "run", "train") == 0
         yield folder / "run", dataset.test.images
 
 

@@ -24,7 +24,7 @@ from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.output import write_json
-from resnet_jax.run import run_classification
+from resnet_jax.run import run_task
 from resnet_jax.training import stored
 from resnet_jax.training.checkpoints import Checkpoints, SaveFailed, latest_step, load_run_weights
 from resnet_jax.training.fingerprint import fingerprints
@@ -567,6 +567,6 @@ def test_a_folder_that_can_only_be_read_is_an_error_at_start_and_its_weights_can
     subprocess.run(["mount", "-o", "remount,bind,ro", str(mounted)], check=True)
     for workdir, mode in [(mounted, "train"), (mounted, "eval"), (mounted / "new", "train")]:
         with pytest.raises(UsageError, match=f"--workdir={workdir}: can't be written") as error:
-            run_classification(config, workdir, mode)
+            run_task(config, workdir, mode)
         assert "\n" not in str(error.value)
     assert set(load_run_weights(str(mounted))) == {"params", "batch_stats"}

@@ -21,7 +21,7 @@ from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.preprocessing import Preprocessing
 from resnet_jax.pretrained.save import save_safetensors
 from resnet_jax.pretrained.source import read_weights
-from resnet_jax.run import run_classification
+from resnet_jax.run import run_task
 from resnet_jax.training.checkpoints import load_run_weights
 from resnet_jax.training.optimizer import make_optimizer
 
@@ -82,7 +82,7 @@ def trained_once(tmp_path_factory) -> pathlib.Path:
     )
     with pytest.MonkeyPatch.context() as monkeypatch:
         patch(monkeypatch)
-        assert run_classification(config, root / "pretrained", "train") == 0
+        assert run_task(config, root / "pretrained", "train") == 0
     return root
 
 
@@ -101,7 +101,7 @@ def weights(run: pathlib.Path) -> dict[str, np.ndarray]:
 
 def test_frozen_stages_keep_weights_and_statistics_and_the_rest_learns(pretrained, tmp_path, capsys):
     folder = write_images(tmp_path / "five", 5)
-    assert run_classification(settings(folder, pretrained, **{"model.freeze_at": 2}), tmp_path / "run", "train") == 0
+    assert run_task(settings(folder, pretrained, **{"model.freeze_at": 2}), tmp_path / "run", "train") == 0
     assert "a new head for 5 classes (class0, class1, class2, class3, class4)" in capsys.readouterr().out
     before, after = weights(pretrained), weights(tmp_path / "run")
     assert after["params/head/kernel"].shape == (8, 5)
@@ -114,7 +114,7 @@ def test_frozen_stages_keep_weights_and_statistics_and_the_rest_learns(pretraine
 def test_frozen_statistics_stay_while_weights_learn(pretrained, tmp_path):
     folder = write_images(tmp_path / "five", 5)
     config = settings(folder, pretrained, **{"model.batch_norm": "frozen"})
-    assert run_classification(config, tmp_path / "run", "train") == 0
+    assert run_task(config, tmp_path / "run", "train") == 0
     before, after = weights(pretrained), weights(tmp_path / "run")
     for name, array in after.items():
         if "/head/" not in name:
@@ -125,14 +125,14 @@ def test_frozen_statistics_stay_while_weights_learn(pretrained, tmp_path):
 def test_a_fine_tuned_run_has_the_preprocessing_of_its_weights_also_when_it_goes_on(pretrained, tmp_path):
     folder = write_images(tmp_path / "five", 5)
     for steps in (3, 6):
-        assert run_classification(settings(folder, pretrained, steps=steps, **CONSTANT), tmp_path / "run", "train") == 0
+        assert run_task(settings(folder, pretrained, steps=steps, **CONSTANT), tmp_path / "run", "train") == 0
     theirs, ours = (json.loads((run / "data.json").read_text()) for run in (pretrained, tmp_path / "run"))
     assert ours["preprocessing"] == theirs["preprocessing"]
     np.testing.assert_array_equal(np.load(tmp_path / "run/mean.npy"), np.load(pretrained / "mean.npy"))
     assert ours["classes"] == [f"class{i}" for i in range(5)]
     # What the command line sets is the user's.
     config = settings(folder, pretrained, **{"data.mean": "imagenet", "data.std": "imagenet"})
-    assert run_classification(config, tmp_path / "other", "train", explicit=["data.mean"]) == 0
+    assert run_task(config, tmp_path / "other", "train", explicit=["data.mean"]) == 0
     other = json.loads((tmp_path / "other" / "data.json").read_text())
     np.testing.assert_allclose(other["preprocessing"]["mean"], [0.485, 0.456, 0.406])
 
@@ -140,11 +140,11 @@ def test_a_fine_tuned_run_has_the_preprocessing_of_its_weights_also_when_it_goes
 def test_other_classes_need_a_new_head_and_a_new_head_needs_weights(pretrained, tmp_path):
     folder = write_images(tmp_path / "five", 5)
     with pytest.raises(UsageError, match=r"has 3 classes and the data have 5; --config\.init\.head=replace"):
-        run_classification(settings(folder, pretrained, **{"init.head": "keep"}), tmp_path / "run", "train")
+        run_task(settings(folder, pretrained, **{"init.head": "keep"}), tmp_path / "run", "train")
     with pytest.raises(UsageError, match=r"init\.head=replace goes with init\.weights"):
-        run_classification(settings(folder, ""), tmp_path / "run", "train")
+        run_task(settings(folder, ""), tmp_path / "run", "train")
     with pytest.raises(UsageError, match="freeze_at=4: tiny has a stem and 2 stages"):
-        run_classification(settings(folder, pretrained, **{"model.freeze_at": 4}), tmp_path / "run", "train")
+        run_task(settings(folder, pretrained, **{"model.freeze_at": 4}), tmp_path / "run", "train")
     assert not (tmp_path / "run").exists()
 
 
@@ -153,11 +153,11 @@ def test_training_stops_after_so_many_evaluations_that_are_no_better_and_stays_s
     # A rate too small to change a prediction: the first evaluation stays the best.
     changes = {"schedule.learning_rate": 1e-12, "model.batch_norm": "frozen", "eval.patience": 2, "steps": 60}
     config = settings(folder, pretrained, **changes)
-    assert run_classification(config, tmp_path / "run", "train") == 0
-    assert "stopping early: 2 evaluations without less than" in capsys.readouterr().out
+    assert run_task(config, tmp_path / "run", "train") == 0
+    assert "stopping early: 2 evaluations no better than" in capsys.readouterr().out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["step"] == 9
-    assert run_classification(config, tmp_path / "run", "train") == 0
+    assert run_task(config, tmp_path / "run", "train") == 0
     assert "is finished" in capsys.readouterr().out
 
 
@@ -181,7 +181,7 @@ def test_what_the_command_line_says_of_mean_or_deviation_leaves_the_other_one_th
         changes |= {"data.mean_image": str(tmp_path / "own.npy"), "data.mean": "pixel"}
     for steps, named in ((3, [explicit]), (6, [])):  # What goes on has what it was trained with.
         config = settings(folder, pretrained, steps=steps, **changes, **CONSTANT)
-        assert run_classification(config, tmp_path / "run", "train", named) == 0
+        assert run_task(config, tmp_path / "run", "train", named) == 0
         found = preprocessing(tmp_path / "run")
         if explicit == "data.std":
             np.testing.assert_allclose(found["std"], IMAGENET[1], rtol=1e-6)
@@ -226,7 +226,7 @@ def test_cut_images_get_the_view_of_the_weights_but_for_what_the_command_line_sa
 ):
     changes = {"data.crop": "inception", "data.image_size": 16, "eval.resize": 20, "data.workers": 1, "steps": 1}
     config = settings(write_images(tmp_path / "five", 5), bicubic, **(changes | explicit))
-    assert run_classification(config, tmp_path / "run", "train", list(explicit)) == 0
+    assert run_task(config, tmp_path / "run", "train", list(explicit)) == 0
     found = preprocessing(tmp_path / "run")
     assert (found["image_size"], found["resize"], found["interpolation"]) == expected
     np.testing.assert_allclose((found["mean"], found["std"]), ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), rtol=1e-6)
@@ -237,7 +237,7 @@ def test_weights_that_saw_whole_images_cut_as_much_as_they_see(tmp_path):
     save_safetensors(tmp_path / "net.safetensors", "tiny", weights)
     changes = {"data.crop": "inception", "data.image_size": 16, "eval.resize": 20, "data.workers": 1, "steps": 1}
     config = settings(write_images(tmp_path / "five", 5), tmp_path / "net.safetensors", **changes)
-    assert run_classification(config, tmp_path / "run", "train") == 0
+    assert run_task(config, tmp_path / "run", "train") == 0
     found = preprocessing(tmp_path / "run")
     assert (found["image_size"], found["resize"]) == (SIDE, SIDE)
 
@@ -250,7 +250,7 @@ def test_whole_images_are_resized_as_the_weights_say(placement, bicubic, tmp_pat
         pixels = random.integers(0, 256, (11, 19, 3), np.uint8)
         Image.fromarray(pixels).save(folder / part / f"class{label}" / f"{i}.png")
     config = settings(folder, bicubic, **{"init.head": "keep", "data.placement": placement, "data.workers": 1})
-    assert run_classification(config, tmp_path / "run", "eval") == 0
+    assert run_task(config, tmp_path / "run", "eval") == 0
     _, weights = read_weights(str(bicubic), None)
     files = [str(folder / "val" / f"class{label}" / f"{i}.png") for label in range(5) for i in range(2)]
     by_hand = [np.asarray(Image.open(path).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for path in files]
@@ -267,7 +267,7 @@ def test_the_head_learns_ten_times_as_fast_and_the_rest_as_it_did(pretrained, tm
     for rate in (1.0, 10.0):
         changes = {"optimizer.head_rate": rate, "steps": 1, "schedule.warmup_steps": 0, **CONSTANT}
         config = settings(folder, pretrained, **changes)
-        assert run_classification(config, tmp_path / f"run{rate}", "train") == 0
+        assert run_task(config, tmp_path / f"run{rate}", "train") == 0
         after[rate] = weights(tmp_path / f"run{rate}")
     changed = {name for name, array in after[1.0].items() if not np.array_equal(array, after[10.0][name])}
     assert changed == {"params/head/kernel", "params/head/bias"}
@@ -302,14 +302,14 @@ def test_a_new_head_can_not_be_evaluated(pretrained, tmp_path):
     folder = write_images(tmp_path / "five", 5)
     for mode in ("eval", "calibrate"):
         with pytest.raises(UsageError, match=rf"^--mode={mode}: .*--config\.init\.head=keep") as error:
-            run_classification(settings(folder, pretrained), tmp_path / "run", mode)
+            run_task(settings(folder, pretrained), tmp_path / "run", mode)
         assert "\n" not in str(error.value)
         assert not (tmp_path / "run").exists()
 
 
 def evaluated(folder: pathlib.Path, source: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
     """A folder in which others' weights were evaluated."""
-    assert run_classification(settings(folder, source, **{"init.head": "keep"}), workdir, "eval") == 0
+    assert run_task(settings(folder, source, **{"init.head": "keep"}), workdir, "eval") == 0
     return workdir
 
 
@@ -329,11 +329,11 @@ def test_a_folder_that_was_only_evaluated_predicts_and_can_be_started_again(pret
     # Another recipe: nothing was trained that would be lost.
     five = write_images(tmp_path / "five", 5)
     config = settings(five, pretrained, **{"schedule.learning_rate": 0.02, "seed": 7})
-    assert run_classification(config, run, "train") == 0
+    assert run_task(config, run, "train") == 0
     assert weights(run)["params/head/bias"].shape == (5,)
     # Now there is.
     with pytest.raises(UsageError, match="holds a run of another recipe"):
-        run_classification(settings(five, pretrained, **{"schedule.learning_rate": 0.03, "seed": 7}), run, "train")
+        run_task(settings(five, pretrained, **{"schedule.learning_rate": 0.03, "seed": 7}), run, "train")
 
 
 def test_a_folder_says_no_more_than_was_said_when_its_weights_are_gone(pretrained, tmp_path):
@@ -385,5 +385,5 @@ def test_a_new_head_is_not_warned_of_other_class_names(pretrained, tmp_path, cap
     five = write_images(tmp_path / "five", 5)
     (five / "train" / "class0").rename(five / "train" / "another")
     (five / "val" / "class0").rename(five / "val" / "another")
-    assert run_classification(settings(five, pretrained, steps=1), tmp_path / "new", "train") == 0
+    assert run_task(settings(five, pretrained, steps=1), tmp_path / "new", "train") == 0
     assert "warning" not in capsys.readouterr().err

@@ -14,7 +14,7 @@ from resnet_jax.errors import UsageError
 from resnet_jax.locks import lock
 from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.run import run_classification
+from resnet_jax.run import run_task
 from resnet_jax.training.checkpoints import load_run_weights
 from resnet_jax.training.loop import Training
 from resnet_jax.training.workdir import open_workdir
@@ -82,7 +82,7 @@ def test_evaluation_leaves_the_run_s_settings_and_takes_the_checkpoint_s_figures
     config_file = (run / "config.json").read_text()
     (run / "summary.json").write_text(json.dumps(trained | {"step": 4, "epoch": 0.1}))  # Of an earlier evaluation.
     tiny_config.log.every = 7
-    assert run_classification(tiny_config, run, "eval") == 0
+    assert run_task(tiny_config, run, "eval") == 0
     assert (run / "config.json").read_text() == config_file
     summary = json.loads((run / "summary.json").read_text())
     for name in ("step", "epoch", "top1_error", "examples", "best_step"):

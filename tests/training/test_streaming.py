@@ -16,7 +16,7 @@ from resnet_jax.distributed import make_mesh
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.run import run_classification
+from resnet_jax.run import run_task
 from resnet_jax.training.checkpoints import latest_step, load_run_weights
 
 CLASSES, EACH, SIDE = ("ant", "bee", "cow"), 13, 12
@@ -71,7 +71,7 @@ def settings(folder: pathlib.Path, **changes):
 
 
 def train(config, workdir: pathlib.Path) -> tuple[list[dict], dict]:
-    assert run_classification(config, workdir, "train") == 0
+    assert run_task(config, workdir, "train") == 0
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return records, json.loads((workdir / "summary.json").read_text())
 
@@ -115,7 +115,7 @@ def test_a_broken_image_stops_the_run_names_the_file_and_keeps_what_was_learnt(f
     statistics = settings(folder, **{"data.mean": "none", "data.std": "none"})
     file.write_bytes(file.read_bytes()[:60])
     with pytest.raises(UsageError, match=f"{file}: not a readable image"):
-        run_classification(statistics, tmp_path / "run", "train")
+        run_task(statistics, tmp_path / "run", "train")
     assert latest_step(tmp_path / "run") == 2
     assert "saved at step 2" in capsys.readouterr().out
     # Skipping it is no other recipe: the same run goes on.
@@ -148,14 +148,14 @@ def test_data_of_other_classes_are_refused_by_name_in_training_and_evaluation(fo
         with pytest.raises(
             UsageError, match="trained on 3 classes and the data have 3; class 1 was 'bee' and is 'cow'"
         ):
-            run_classification(settings(folder), tmp_path / "run", mode)
+            run_task(settings(folder), tmp_path / "run", mode)
 
 
 def test_another_number_of_training_images_is_refused(folder, tmp_path):
     train(settings(folder), tmp_path / "run")
     (folder / "train" / "bee" / "02.png").unlink()
     with pytest.raises(UsageError, match="trained on 39 training images and the data have 38"):
-        run_classification(settings(folder, steps=9), tmp_path / "run", "train")
+        run_task(settings(folder, steps=9), tmp_path / "run", "train")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_another_number_of_training_images_is_refused(folder, tmp_path):
 )
 def test_settings_that_do_not_fit_are_one_line(changes, message, folder, tmp_path):
     with pytest.raises(UsageError, match=message):
-        run_classification(settings(folder, **changes), tmp_path / "run", "train")
+        run_task(settings(folder, **changes), tmp_path / "run", "train")
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,14 @@
+"""From the config's section ``model`` to a network's settings."""
+
+from typing import Any
+
+import ml_collections
+
+
+def model_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
+    """``create_model``'s arguments as ``config.model`` says."""
+    names = ("name", "dtype", "init_fan", "batch_norm", "batch_norm_momentum")
+    # Only residual networks know these.
+    residual = {name: model[name] for name in ("zero_init_last", "freeze_at") if model[name]}
+    width = {} if model.width == 1 else {"width": model.width}
+    return {name: model[name] for name in names} | residual | width
