@@ -20,6 +20,10 @@ PART = Limit(lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 ITERATIONS = Limit(
     lambda steps: all(isinstance(step, int) and step > 0 for step in steps), "must be whole numbers above zero"
 )
+SCALES = Limit(
+    lambda sides: len(sides) > 1 and min(sides) > 0 and list(sides) == sorted(set(sides)),
+    "must be two whole numbers or more, rising",
+)
 TWO = Limit(lambda values: len(values) == 2 and min(values) > 0, "must be two whole numbers above zero")
 POSITIVES = Limit(lambda values: values and all(value > 0 for value in values), "must be numbers above zero")
 FOUR_POSITIVES = Limit(
@@ -204,6 +208,8 @@ _FIELDS = (
           " count (appendix B).", recipe=False),
     Field("detection.voting_iou", 0.5, "", "With refine, detections of a class vote on where a box is from this IoU"
           " on; above 1: no voting.", POSITIVE, recipe=False),
+    Field("detection.test_scales", (200, 400, 600, 800, 1000), "pixels", "eval.protocol=multi_scale: shorter sides, of"
+          " which each region is looked at in the two that bring its side closest to 224.", SCALES, recipe=False),
     Field("detection.labelled", True, "", "Whether the test set's boxes are known; if not (12_test, COCO's test-dev),"
           " its detections are written alone.", recipe=False),
     Field("detection.average_precision", "voc", "", "What `map` is: voc07 (11 points), voc (area under the curve), both"

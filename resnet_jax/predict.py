@@ -1,6 +1,7 @@
-"""Says what is in pictures: the likeliest classes of files, folders or glob patterns.
+"""Says what is in pictures: the likeliest classes of files, folders or glob patterns; of a detector's run the objects.
 
 python -m resnet_jax.predict --workdir=runs/mine photo.jpg holiday/ 'more/*.png'
+python -m resnet_jax.predict --workdir=runs/shapes --output=found
 python -m resnet_jax.predict --weights=resnet50.safetensors --model=resnet50_v1_5 --json photo.jpg
 python -m resnet_jax.predict --workdir=runs/imagenet_50 --submission=test.txt --devkit=FOLDER test/
 """
@@ -9,6 +10,7 @@ import json
 import pathlib
 import re
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -21,7 +23,7 @@ flags.DEFINE_string("workdir", None, "A run of ours; this or --weights.")
 flags.DEFINE_string("weights", None, "What convert takes as --weights; with --model, unless it says so itself.")
 flags.DEFINE_string("model", None, "Our name of the network that the weights are of.")
 flags.DEFINE_integer("top", 5, "How many classes are named.", lower_bound=1)
-flags.DEFINE_integer("batch", 32, "Images at a time.", lower_bound=1)
+flags.DEFINE_integer("batch", None, "Images at a time (32; of a detector 4).", lower_bound=1)
 flags.DEFINE_bool("json", False, "Print JSON, an object a line.")
 flags.DEFINE_string("features", None, "Write pooled features to this .npz: files, features [N, channels].")
 flags.DEFINE_string("heatmap", None, "Write pictures into this folder that show where the network looked.")
@@ -29,7 +31,15 @@ flags.DEFINE_string(
     "submission", None, "Write this .txt for ImageNet's test server: five classes a line, an image each."
 )
 flags.DEFINE_string("devkit", None, "ImageNet's development kit (folder or tar), for --submission.")
+flags.DEFINE_string("output", None, "Detector: write the pictures with boxes drawn into them into this folder.")
+flags.DEFINE_float(
+    "threshold", 0.5, "Detector: the least score of what is drawn and printed.", lower_bound=0, upper_bound=1
+)
+flags.DEFINE_integer(
+    "limit", 16, "Detector: without images, so many pictures of the run's own test set are looked at.", lower_bound=1
+)
 FLAGS = flags.FLAGS
+_CLASSIFICATION, _DETECTION = ("top", "features", "heatmap", "submission", "devkit"), ("output", "threshold", "limit")
 
 
 def main(overrides: list[tuple[str, str]], images: list[str]) -> int:
@@ -38,8 +48,67 @@ def main(overrides: list[tuple[str, str]], images: list[str]) -> int:
         raise UsageError(f"--config.{overrides[0][0]} is no setting of predict; --help lists them")
     if bool(FLAGS.workdir) == bool(FLAGS.weights):
         raise UsageError("give one of --workdir=RUN and --weights=FILE")
-    if not images:
+    if FLAGS.workdir and not is_folder(open_folder("--workdir", FLAGS.workdir)):
+        raise UsageError(f"--workdir={FLAGS.workdir}: no such folder; a file of weights is --weights=FILE")
+    detector = bool(FLAGS.workdir) and _task_of_run() == "detection"
+    for flag in _CLASSIFICATION if detector else _DETECTION:
+        if FLAGS[flag].present:
+            raise UsageError(f"--{flag} is for {'classifiers, and this is a detector' if detector else 'detectors'}")
+    if not images and not detector:
         raise UsageError("name images: files, folders or patterns")
+    return _find_objects(images) if detector else _classify(images)
+
+
+def _task_of_run() -> str:
+    from resnet_jax.run import read_config
+
+    return read_config(open_folder("--workdir", FLAGS.workdir))[0].task
+
+
+def _find_objects(images: list[str]) -> int:
+    output = pathlib.Path(FLAGS.output).expanduser() if FLAGS.output else None
+    if output:
+        check_folder("--output", FLAGS.output, output)
+
+    from PIL import Image
+
+    from resnet_jax.data.pictures import find_images
+    from resnet_jax.detection import predict as predict_lib
+    from resnet_jax.pretrained.source import read_weights
+    from resnet_jax.run import read_config
+
+    config, _ = read_config(open_folder("--workdir", FLAGS.workdir))
+    model, weights = read_weights(FLAGS.workdir, FLAGS.model, ("detection",))
+    if images:
+        pictures, pixels = predict_lib.pictures_of(find_images(images))
+    else:
+        pictures, pixels = predict_lib.test_pictures(config, FLAGS.limit)
+    print(f"{model}, {len(pictures)} images{'' if images else ' of its test set'}", file=sys.stderr, flush=True)
+    for number, found in enumerate(predict_lib.predict(config, weights, pictures, pixels, FLAGS.batch or 4)):
+        found = found.above(FLAGS.threshold)
+        said = predict_lib.as_json(found, weights.classes)
+        if FLAGS.json:
+            print(json.dumps(said), flush=True)
+        else:
+            listed = [f"{100 * one['score']:.1f}% {one['class']} {_rounded(one['box'])}" for one in said["objects"]]
+            print(f"{found.name}: {', '.join(listed) or 'nothing'}", flush=True)
+        if output:
+            drawn = Image.fromarray(predict_lib.draw(found, weights.classes))
+            _save_picture(output, number, found.name, drawn)
+    return 0
+
+
+def _rounded(box: list[float]) -> str:
+    return f"({', '.join(str(round(side)) for side in box)})"
+
+
+def _save_picture(folder: pathlib.Path, number: int, name: str, picture: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"\W+", "_", str(pathlib.Path(name).with_suffix("").name))
+    write_whole(folder / f"{number:04}_{stem}.png", lambda file: picture.save(file, "PNG"))
+
+
+def _classify(images: list[str]) -> int:
     features = _file("features", ".npz")
     submission = _file("submission", ".txt")
     if submission and not FLAGS.devkit:
@@ -52,18 +121,17 @@ def main(overrides: list[tuple[str, str]], images: list[str]) -> int:
     import numpy as np
 
     from resnet_jax.classification import predict as predict_lib
+    from resnet_jax.data.pictures import find_images
     from resnet_jax.pretrained.source import read_weights
 
-    paths = predict_lib.find_images(images)
-    if FLAGS.workdir and not is_folder(open_folder("--workdir", FLAGS.workdir)):
-        raise UsageError(f"--workdir={FLAGS.workdir}: no such folder; a file of weights is --weights=FILE")
+    paths = find_images(images)
     model, weights = read_weights(FLAGS.workdir or FLAGS.weights, FLAGS.model)
     print(f"{model}, {len(paths)} images", file=sys.stderr, flush=True)
     if heatmaps and not predict_lib.has_map(model, weights):
         raise UsageError(f"--heatmap: {model} has no map of classes (its classifier does not read an average)")
     numbers = predict_lib.challenge_numbers(FLAGS.devkit, weights) if submission else None
     names, vectors, lines = predict_lib.class_names(weights), [], []
-    for number, found in enumerate(predict_lib.predict(model, weights, paths, FLAGS.batch)):
+    for number, found in enumerate(predict_lib.predict(model, weights, paths, FLAGS.batch or 32)):
         order = found.probabilities.argsort()[::-1]
         said = [(names[i], float(found.probabilities[i])) for i in order[: FLAGS.top]]
         if FLAGS.json:
@@ -76,10 +144,7 @@ def main(overrides: list[tuple[str, str]], images: list[str]) -> int:
         if numbers is not None:
             lines.append(" ".join(str(numbers[i]) for i in order[:5]))
         if heatmaps:
-            heatmaps.mkdir(parents=True, exist_ok=True)
-            name = re.sub(r"\W+", "_", pathlib.Path(found.path).stem)
-            drawn = predict_lib.draw_heatmap(found)
-            write_whole(heatmaps / f"{number:04}_{name}.png", lambda file, drawn=drawn: drawn.save(file, "PNG"))
+            _save_picture(heatmaps, number, found.path, predict_lib.draw_heatmap(found))
     if features:
         write_whole(features, lambda file: np.savez(file, files=np.array(paths), features=np.stack(vectors)))
     if submission:

@@ -3,25 +3,20 @@
 from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
-import glob
 import importlib.resources
-import io
-import os
 import pathlib
 
 import jax
 from jax import numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from resnet_jax.data.decode import EXTENSIONS, BrokenImage, decode
 from resnet_jax.data.ilsvrc import class_numbers
+from resnet_jax.data.pictures import read_upright
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import create_model
 from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.preprocessing import Preprocessing
-
-_ORIENTATION = 274  # The EXIF tag.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,27 +36,6 @@ class Prediction:
     probabilities: np.ndarray
     features: np.ndarray
     heatmap: np.ndarray | None
-
-
-def find_images(arguments: Sequence[str]) -> list[str]:
-    """The files that are meant by files, folders (with what lies below) and glob patterns, in order.
-
-    Raises:
-      UsageError: one of them means none.
-    """
-    found: list[str] = []
-    for argument in arguments:
-        path = os.path.expanduser(argument)
-        if os.path.isdir(path):
-            below = (str(file) for file in sorted(pathlib.Path(path).rglob("*")))
-            matches = [file for file in below if file.lower().endswith(EXTENSIONS)]
-        else:
-            matched = sorted(glob.glob(path, recursive=True))
-            matches = [path] if os.path.isfile(path) else [m for m in matched if m.lower().endswith(EXTENSIONS)]
-        if not matches:
-            raise UsageError(f"{argument}: no such image, or folder of images")
-        found += matches
-    return found
 
 
 def class_names(weights: Pretrained) -> tuple[str, ...]:
@@ -101,18 +75,7 @@ def read_view(path: str, preprocessing: Preprocessing, channels: int) -> np.ndar
     Raises:
       UsageError: it can't be read.
     """
-    try:
-        content = pathlib.Path(path).read_bytes()
-        pixels = decode(content)
-        with Image.open(io.BytesIO(content)) as image:
-            # Pillow turns TIFFs itself when it decodes them.
-            turned = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
-    except (OSError, BrokenImage) as error:
-        raise UsageError(f"{path}: not a readable image ({error})") from error
-    if turned != 1:
-        upright = Image.fromarray(pixels)
-        upright.getexif()[_ORIENTATION] = turned
-        pixels = np.asarray(ImageOps.exif_transpose(upright))
+    pixels = read_upright(path)
     pixels = preprocessing.view(pixels, np.empty(0))
     return pixels if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 

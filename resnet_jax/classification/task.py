@@ -25,7 +25,7 @@ from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.preprocessing import Preprocessing
 from resnet_jax.pretrained.start import with_preprocessing
 from resnet_jax.training import update
-from resnet_jax.training.network import model_settings
+from resnet_jax.training.network import model_settings, width_setting
 from resnet_jax.training.optimizer import make_optimizer
 from resnet_jax.training.prefetch import Prefetch
 from resnet_jax.training.state import TrainState
@@ -140,7 +140,7 @@ class Classification:
             "classes": list(self.classes),
             "examples": self.examples_per_epoch,
             "preprocessing": Preprocessing(means, tuple(std.tolist()), size, resize, how).to_json(),
-            "settings": self._settings,
+            "settings": self._settings | width_setting(self._config.model),
             "mean_image": mean if mean.ndim == 3 else None,
         }
 

@@ -15,7 +15,7 @@ from resnet_jax.data.decode import BrokenImage, decode, resize, resize_antialias
 from resnet_jax.data.stream import Batches, Rows, own_pages, patiently
 from resnet_jax.detection.annotations import AnnotatedImage, Annotations, check_image_size
 from resnet_jax.detection.canvas_order import CanvasPlan, EvaluationCanvases, TrainingCanvases, group_by_canvas
-from resnet_jax.detection.resize import Scaled, Size, canvas_sizes, flip_boxes, scale_boxes, scaled_size
+from resnet_jax.detection.resize import MULTIPLE, Scaled, Size, canvas_sizes, flip_boxes, scale_boxes, scaled_size
 from resnet_jax.errors import UsageError
 
 # From an annotation to its image's pixels, uint8 [h, w, 3]; raises OSError or BrokenImage where there are none.
@@ -23,7 +23,7 @@ Pixels = Callable[[AnnotatedImage], np.ndarray]
 
 TRAINING_FIELDS = ("images", "extent", "scale", "boxes", "labels", "valid", "crowd", "index", "epoch")
 EVALUATION_FIELDS = (*TRAINING_FIELDS, "real")
-_MULTIPLE = 8  # To which the room for boxes is rounded up: data sets that differ a little share compiled steps.
+_ROOM = 8  # To which the room for boxes is rounded up: data sets that differ a little share compiled steps.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,15 @@ class Resizing:
         if not self.canvases:
             object.__setattr__(self, "canvases", canvas_sizes(max(self.shorter), self.longer))
 
+    def view(self, image: AnnotatedImage, side: int) -> Scaled:
+        """An image's size where what evaluation sees with a shorter side of ``shorter`` had one of ``side`` pixels."""
+        return scaled_size(image.height, image.width, side, self.longer * side / self.shorter[-1])
+
+    def canvas_of_view(self, canvas: Size, side: int) -> Size:
+        """The canvas of views of that ``side`` whose images lie on ``canvas`` in evaluation."""
+        height, width = (-(-(length * side / self.shorter[-1] + 1) // MULTIPLE) for length in canvas)  # 1: rounding's.
+        return int(height) * MULTIPLE, int(width) * MULTIPLE
+
     @property
     def draws(self) -> int:
         """How many random numbers a scale takes."""
@@ -74,7 +83,7 @@ def read_pixels(image: AnnotatedImage) -> np.ndarray:
 def room_for_boxes(annotations: Annotations) -> int:
     """The most boxes of an image, rounded up to a multiple of 8 and at least 8."""
     most = max((len(image.boxes) for image in annotations.images), default=0)
-    return max(1, -(-most // _MULTIPLE)) * _MULTIPLE
+    return max(1, -(-most // _ROOM)) * _ROOM
 
 
 def _room(annotations: Annotations, given: int | None) -> int:
@@ -142,6 +151,7 @@ def evaluation_batches(
     *,
     pixels: Pixels = read_pixels,
     room: int | None = None,
+    views: tuple[int, ...] = (),
     workers: int = 0,
     processes: bool = False,
 ) -> Batches:
@@ -149,16 +159,17 @@ def evaluation_batches(
 
     Images come sorted by canvas, not in the order of ``annotations``: ``index`` says which is which.
 
-    Args and errors: as of ``training_batches``.
+    Args and errors: as of ``training_batches``; and ``views``, shorter sides at which the images are wanted besides.
 
     Returns:
       The same, and ``real``, bool [n]: False for rows that only fill a canvas's last batch up. Those have an index of
-      -1, no boxes, and are black all over their canvas.
+      -1, no boxes, and are black all over their canvas. Of each view ``images_<side>`` and ``extent_<side>``.
     """
     sizes = [resizing.size(image, None).size for image in annotations.images]
     plan = EvaluationCanvases(group_by_canvas(sizes, resizing.canvases, rows.batch), rows)
-    reader = BoxReader(annotations, pixels, resizing, plan, _room(annotations, room))
-    return Batches(reader, 0, plan.batches, workers, processes, fields=EVALUATION_FIELDS)
+    reader = BoxReader(annotations, pixels, resizing, plan, _room(annotations, room), views=views)
+    fields = EVALUATION_FIELDS + tuple(f"{name}_{side}" for side in views for name in ("images", "extent"))
+    return Batches(reader, 0, plan.batches, workers, processes, fields=fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +180,7 @@ class BoxReader:
       annotations, pixels, resizing, room, flip: as of ``training_batches``.
       plan: which images are wanted.
       seed: as there; None draws nothing: evaluation.
+      views: as of ``evaluation_batches``.
     """
 
     annotations: Annotations
@@ -178,6 +190,7 @@ class BoxReader:
     room: int
     seed: int | None = None
     flip: bool = False
+    views: tuple[int, ...] = ()
 
     @property
     def rows(self) -> Rows:
@@ -200,6 +213,10 @@ class BoxReader:
             "real": index >= 0,
             "broken": (),
         }
+        for side in self.views:
+            whole = self.resizing.canvas_of_view(canvas, side)
+            piece[f"images_{side}"] = own_pages(count, *whole, 3)
+            piece[f"extent_{side}"] = np.tile(np.array(whole, np.int32), (count, 1))
         for row in np.flatnonzero(piece["real"]):
             image, uniforms = self.annotations.images[index[row]], None
             if self.seed is not None:
@@ -207,13 +224,17 @@ class BoxReader:
                 uniforms = example_uniforms(self.seed, int(epoch[row]), int(index[row]), draws)
             size = self.resizing.size(image, None if uniforms is None else uniforms[1:])
             mirrored = self.flip and uniforms is not None and uniforms[0] < 0.5
-            pixels, boxes = fit(self._read(image), image.boxes, size.size, mirrored)
+            read = self._read(image)
+            pixels, boxes = fit(read, image.boxes, size.size, mirrored)
             piece["images"][row, : size.height, : size.width] = pixels
             piece["extent"][row] = size.size
             piece["scale"][row] = size.height / image.height, size.width / image.width
             found = len(boxes)
             piece["boxes"][row, :found], piece["labels"][row, :found] = boxes, image.labels
             piece["valid"][row, :found], piece["crowd"][row, :found] = True, image.crowd
+            for side in self.views:
+                height, width = piece[f"extent_{side}"][row] = self.resizing.view(image, side).size
+                piece[f"images_{side}"][row, :height, :width] = fit(read, image.boxes, (height, width))[0]
         return piece
 
     def _read(self, image: AnnotatedImage) -> np.ndarray:

@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Sequence
 import colorsys
 import functools
+import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _GOLDEN = (5**0.5 - 1) / 2  # Of a turn: however many hues are taken so, they keep apart.
+_LEAST_SIDE = 384  # Pixels, of pictures that are not to be enlarged.
+_GAP = 8  # Pixels between the pictures of a sheet.
 _BRIGHT = 125  # Luminance, of 255.
 _Rectangle = tuple[int, int, int, int]  # (left, top, right, bottom), pixels.
 
@@ -76,6 +79,33 @@ def draw_boxes(
         middle = (place[1] + place[3]) / 2
         draw.text((place[0] + margin - left, middle), name, fill=(0, 0, 0), font=font, anchor="lm")
     return np.asarray(canvas)
+
+
+def draw_large(
+    pixels: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    scores: np.ndarray | None = None,
+) -> np.ndarray:
+    """``draw_boxes`` in a small picture enlarged by a whole number: else names hide what they name."""
+    times = math.ceil(_LEAST_SIDE / min(pixels.shape[:2]))
+    return draw_boxes(pixels.repeat(times, axis=0).repeat(times, axis=1), boxes * times, labels, classes, scores)
+
+
+def contact_sheet(drawn: Sequence[np.ndarray], columns: int, width: int = 400) -> np.ndarray:
+    """Pictures side by side, each scaled to ``width`` pixels; rows as high as the tallest. uint8 [H, W, 3]."""
+    scaled = []
+    for pixels in drawn:
+        height = max(1, round(pixels.shape[0] * width / pixels.shape[1]))
+        scaled.append(np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)))
+    tallest = max(len(one) for one in scaled)
+    rows = math.ceil(len(scaled) / columns)
+    sheet = np.full((rows * (tallest + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 3), 255, np.uint8)
+    for i, one in enumerate(scaled):
+        top, left = i // columns * (tallest + _GAP), i % columns * (width + _GAP)
+        sheet[top : top + len(one), left : left + width] = one
+    return sheet
 
 
 @functools.lru_cache(maxsize=16)

@@ -12,6 +12,7 @@ import numpy as np
 Size = tuple[int, int]  # (height, width), pixels.
 Array = TypeVar("Array")  # NumPy's or JAX's.
 
+MULTIPLE = 32  # Pixels, of which all sides of canvases are: the last stage's stride.
 # Widths per height of the landscape canvases: nearly square, then the two shapes that most photos have, 4:3 and 3:2.
 RATIOS = (1.12, 4 / 3, 3 / 2)
 
@@ -62,7 +63,7 @@ def flip_boxes(boxes: Array, width: int | Array) -> Array:
 
 
 def canvas_sizes(
-    shorter: int = 600, longer: int = 1000, ratios: Sequence[float] = RATIOS, multiple: int = 32
+    shorter: int = 600, longer: int = 1000, ratios: Sequence[float] = RATIOS, multiple: int = MULTIPLE
 ) -> tuple[Size, ...]:
     """Canvases for whatever ``scaled_size`` gives, landscape and portrait, sorted by area.
 
@@ -70,7 +71,7 @@ def canvas_sizes(
       shorter, longer: as in ``scaled_size``.
       ratios: widths per height of canvases between the square and the longest; more canvases waste less and compile
         longer.
-      multiple: of which all sides are, pixels; 32 is the last stage's stride.
+      multiple: of which all sides are, pixels.
 
     Returns:
       For 600 and 1000: 608 x 672, 800, 928, 1024, and the same upright.

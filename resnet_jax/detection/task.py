@@ -3,12 +3,14 @@
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 import hashlib
+import io
 import math
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from PIL import Image
 
 from resnet_jax import distributed
 from resnet_jax.data.sources import worker_count
@@ -17,6 +19,7 @@ from resnet_jax.data.stream import Batches, Rows
 from resnet_jax.detection import steps
 from resnet_jax.detection.annotations import Detections
 from resnet_jax.detection.batches import Resizing, evaluation_batches, room_for_boxes, training_batches
+from resnet_jax.detection.draw import contact_sheet, draw_large
 from resnet_jax.detection.evaluation import as_arrays, collect, figures
 from resnet_jax.detection.result_files import coco_file, voc_files
 from resnet_jax.detection.settings import make_settings
@@ -28,12 +31,14 @@ from resnet_jax.models.layers import storage_dtype
 from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.preprocessing import Preprocessing
 from resnet_jax.training import update
+from resnet_jax.training.network import width_setting
 from resnet_jax.training.optimizer import make_optimizer
 from resnet_jax.training.prefetch import Prefetch
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Evaluation
 from resnet_jax.training.workdir import CENTER
 
+_SHOWN, _COLUMNS, _SURE = 12, 4, 0.5  # Pictures in a run's ``found.png``, and the least score of what they show.
 _AHEAD = 2  # Batches that evaluation gives the devices before it waits for their results.
 
 
@@ -110,7 +115,7 @@ class Detection:
             "category_ids": list(self._splits["train"].annotations.category_ids),
             "examples": self.examples_per_epoch,
             "preprocessing": preprocessing.to_json(),
-            "settings": self._start.settings if self._start else {},
+            "settings": (self._start.settings if self._start else {}) | width_setting(self._config.model),
             "mean_image": None,
         }
 
@@ -173,11 +178,23 @@ class Detection:
         labelled = self._config.detection.labelled
         metrics = figures(annotations, detections, self._config.detection.average_precision) if labelled else {}
         counts = {"examples": len(annotations), "detections": sum(map(len, detections))}
-        files = {"detections.json": coco_file(annotations, detections)}
+        files = {"detections.json": coco_file(annotations, detections), "found.png": self._sheet(split, detections)}
         if isinstance(annotations.images[0].id, str):  # Named as VOC's are, not numbered as COCO's.
             name = self._config.data.test_split or "test"
             files |= {f"voc/{file}": text for file, text in voc_files(name, annotations, detections).items()}
         return Evaluation(metrics | counts, as_arrays(detections), files)
+
+    def _sheet(self, split: str, detections: list[Detections]) -> bytes:
+        """The first pictures of a split with what was found in them, as a PNG file."""
+        annotations, pixels = self._splits[split].annotations, self._splits[split].pixels
+        drawn = []
+        for image, found in zip(annotations.images[:_SHOWN], detections, strict=False):
+            sure = found.scores >= _SURE
+            boxes, labels, scores = (part[sure] for part in (found.boxes, found.labels, found.scores))
+            drawn.append(draw_large(pixels(image), boxes, labels, self.classes, scores))
+        file = io.BytesIO()
+        Image.fromarray(contact_sheet(drawn, _COLUMNS)).save(file, "PNG")
+        return file.getvalue()
 
     def after_evaluation(self, state: TrainState, error: float) -> TrainState:
         return update.after_evaluation(self._mesh, state, self._config.schedule, error)

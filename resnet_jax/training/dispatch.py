@@ -78,9 +78,10 @@ class Dispatch:
                 count = self._steps if step % self._steps == 0 and step + self._steps <= until else 1
                 batch = self._place(list(itertools.islice(batches, count)))
             peers.at(step, "training")
-            self.window.start(count)
+            shapes = tuple(array.shape for array in jax.tree.leaves(batch))  # Each is compiled.
+            self.window.start(shapes)
             state, metrics = self._call(self._one if count == 1 else self._many, state, batch)
-            self.window.add(metrics, count)
+            self.window.add(metrics, count, shapes)
             stop.unsaved = True
             if self._task.streams:  # Each step that waits for the device holds a batch in its memory.
                 self.window.wait_for_all_but(self._config.data.prefetch)

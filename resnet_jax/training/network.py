@@ -10,5 +10,9 @@ def model_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
     names = ("name", "dtype", "init_fan", "batch_norm", "batch_norm_momentum")
     # Only residual networks know these.
     residual = {name: model[name] for name in ("zero_init_last", "freeze_at") if model[name]}
-    width = {} if model.width == 1 else {"width": model.width}
-    return {name: model[name] for name in names} | residual | width
+    return {name: model[name] for name in names} | residual | width_setting(model)
+
+
+def width_setting(model: ml_collections.ConfigDict) -> dict[str, float]:
+    """``width`` where it is not the paper's: whoever has the weights alone needs to know it."""
+    return {} if model.width == 1 else {"width": model.width}

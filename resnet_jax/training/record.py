@@ -1,5 +1,6 @@
 """What a run remembers of itself beside its arrays: running averages, times, the best evaluation."""
 
+from collections.abc import Hashable
 import dataclasses
 import queue
 import time
@@ -95,12 +96,12 @@ class Record:
 class Window:
     """Metrics of the steps since the last log, still on the device: fetched once a window, so that nothing waits.
 
-    It times the steps too: all but the first dispatch of each length, which compiles.
+    It times the steps too: all but the first dispatch of each kind (length, shapes of its batch), which compiles.
     """
 
     def __init__(self):
         self._pending: list[dict[str, jax.Array]] = []
-        self._compiled: set[int] = set()
+        self._compiled: set[Hashable] = set()
         self._clock: float | None = None  # Runs while training steps do.
         self._seconds, self._timed, self._waited = 0.0, 0, 0.0
 
@@ -123,21 +124,21 @@ class Window:
         if len(self._pending) > dispatches:
             jax.block_until_ready(self._pending[-1 - dispatches])
 
-    def start(self, steps: int) -> None:
-        """Called just before a dispatch of so many steps."""
-        if steps not in self._compiled:
+    def start(self, kind: Hashable) -> None:
+        """Called just before a dispatch of a kind."""
+        if kind not in self._compiled:
             self.pause()
         elif self._clock is None:
             self._clock = time.monotonic()
 
-    def add(self, metrics: dict[str, jax.Array], steps: int) -> None:
-        """Takes the metrics of one dispatch, scalars or [steps] each."""
+    def add(self, metrics: dict[str, jax.Array], steps: int, kind: Hashable) -> None:
+        """Takes the metrics of one dispatch of so many steps, scalars or [steps] each."""
         self._pending.append(metrics)
-        if steps in self._compiled:
+        if kind in self._compiled:
             self._timed += steps
         else:
             jax.block_until_ready(metrics)
-            self._compiled.add(steps)
+            self._compiled.add(kind)
             self._clock = time.monotonic()
 
     def take(self) -> tuple[list[dict[str, float]], float, int, float]:

@@ -22,12 +22,12 @@ from resnet_jax import UsageError, create_model
 from resnet_jax.classification.predict import (
     challenge_numbers,
     class_names,
-    find_images,
     has_map,
     imagenet_names,
     predict,
 )
 from resnet_jax.config import load_config, validate
+from resnet_jax.data.pictures import find_images
 from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.pretrained.card import write_card

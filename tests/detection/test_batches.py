@@ -281,3 +281,22 @@ def test_real_data_comes_whole(name, read):
     steps = train(trained, Rows(4), 0, 3, Resizing((120,), 200))
     assert all(batch["valid"].any(1).all() and not batch["crowd"].any() for batch in steps)
     assert read_pixels(data.images[0]).shape == (data.images[0].height, data.images[0].width, 3)
+
+
+def test_views_are_the_same_images_at_other_sizes(marked):
+    annotations, pixels = marked, read_pixels
+    resizing = Resizing((60,), 100)
+    seen = 0
+    for batch in evaluation_batches(annotations, resizing, Rows(2), pixels=pixels, views=(30, 100)):
+        for row in np.flatnonzero(batch["real"]):
+            image, seen = annotations.images[batch["index"][row]], seen + 1
+            for side in (30, 100):
+                height, width = batch[f"extent_{side}"][row]
+                scale = min(side / min(image.height, image.width), side * 100 / 60 / max(image.height, image.width))
+                assert abs(height - scale * image.height) <= 0.5 and abs(width - scale * image.width) <= 0.5
+                canvas = batch[f"images_{side}"][row]
+                assert canvas.shape[0] % 32 == canvas.shape[1] % 32 == 0
+                assert not canvas[height:].any() and not canvas[:, width:].any()
+                expected, _ = fit(pixels(image), image.boxes, (height, width))
+                np.testing.assert_array_equal(canvas[:height, :width], expected)
+    assert seen == len(annotations)

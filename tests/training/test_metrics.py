@@ -187,9 +187,9 @@ def test_other_metrics_need_not_be_finite():
 
 def test_a_window_gives_back_every_step_of_single_and_of_joint_dispatches():
     window = Window()
-    window.add({"loss": jnp.float32(1), "gradient_norm": jnp.float32(10)}, 1)
-    window.add({"loss": jnp.array([2.0, 3.0]), "gradient_norm": jnp.array([20.0, 30.0])}, 2)
-    window.add({"loss": jnp.float32(4), "gradient_norm": jnp.float32(40)}, 1)
+    window.add({"loss": jnp.float32(1), "gradient_norm": jnp.float32(10)}, 1, "one")
+    window.add({"loss": jnp.array([2.0, 3.0]), "gradient_norm": jnp.array([20.0, 30.0])}, 2, "two")
+    window.add({"loss": jnp.float32(4), "gradient_norm": jnp.float32(40)}, 1, "one")
     per_step, *_ = window.take()
     assert per_step == [{"loss": float(i), "gradient_norm": 10.0 * i} for i in (1, 2, 3, 4)]
     assert window.take()[0] == []
@@ -199,7 +199,9 @@ def test_the_first_bad_step_of_a_joint_dispatch_is_found():
     window, record = Window(), Record()
     losses = jnp.array([1.0, jnp.nan, jnp.nan])
     window.add(
-        {"loss": losses, "gradient_norm": jnp.ones(3), "weight_norm": jnp.ones(3), "learning_rate": jnp.ones(3)}, 3
+        {"loss": losses, "gradient_norm": jnp.ones(3), "weight_norm": jnp.ones(3), "learning_rate": jnp.ones(3)},
+        3,
+        "three",
     )
     per_step, *_ = window.take()
     with pytest.raises(Diverged) as error:
@@ -209,14 +211,15 @@ def test_the_first_bad_step_of_a_joint_dispatch_is_found():
 
 
 def test_a_window_times_steps_without_those_that_compile_and_without_pauses(monkeypatch):
-    clock = iter([100.0, 107.0, 150.0, 160.0, 160.0, 160.0, 500.0, 504.0, 504.0])
+    clock = iter([100.0, 107.0, 150.0, 160.0, 160.0, 160.0, 500.0, 504.0, 504.0, 504.0, 600.0, 603.0, 603.0])
     monkeypatch.setattr(record_lib, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     window, one = Window(), {"loss": jnp.float32(0), "gradient_norm": jnp.float32(0)}
     five = {name: jnp.zeros(5) for name in one}
 
-    def dispatch(metrics, steps):
-        window.start(steps)
-        window.add(metrics, steps)
+    def dispatch(metrics, steps, kind=None):
+        kind = kind or steps
+        window.start(kind)
+        window.add(metrics, steps, kind)
 
     dispatch(one, 1)  # Compiles; the clock starts behind it, at 100,
     dispatch(one, 1)
@@ -227,6 +230,9 @@ def test_a_window_times_steps_without_those_that_compile_and_without_pauses(monk
     dispatch(one, 1)  # The clock goes on at 500.
     dispatch(one, 1)
     assert window.take()[1:3] == (4.0, 2)
+    dispatch(one, 1, "another canvas")  # Compiles too: the clock stops at 504 and goes on at 600.
+    dispatch(one, 1, "another canvas")
+    assert window.take()[1:3] == (3.0, 1)
 
 
 def test_speed_is_timed_steps_over_their_seconds():
@@ -300,8 +306,8 @@ def test_waiting_for_data_is_the_time_that_the_device_has_nothing_to_do(busy_unt
     monkeypatch.setattr(record_lib, "time", device)
     monkeypatch.setattr(record_lib.jax, "device_get", lambda pending: [{"loss": 0.0} for _ in pending])
     window = Window()
-    window.start(1)
-    window.add({"loss": device}, 1)  # Compiles; the clock starts behind it, at 102.
+    window.start("one")
+    window.add({"loss": device}, 1, "one")  # Compiles; the clock starts behind it, at 102.
     assert window.wait_for(device) == "batch"
     # To within a look at the device.
     assert window.take()[3] == pytest.approx(waited, abs=2 * record_lib._POLL)
