@@ -3,7 +3,8 @@
     python -m resnet_jax.ensemble --runs=runs/cifar_56,runs/cifar_110
     python -m resnet_jax.ensemble --runs=runs/a,runs/b,runs/c --select=0.5
 
-The runs must have been evaluated on the same examples; --evaluate evaluates those that were not.
+The runs must have been evaluated on the same examples; --evaluate evaluates those that were not. Detectors look at
+their test set together: all members' proposals, their mean predictions (the paper's appendix B).
 """
 
 import collections
@@ -15,7 +16,7 @@ import sys
 from absl import flags
 
 from resnet_jax import cli
-from resnet_jax.buckets import open_folder
+from resnet_jax.buckets import is_folder, open_folder
 from resnet_jax.errors import UsageError
 from resnet_jax.output import write_whole
 
@@ -45,12 +46,50 @@ def main(overrides: list[tuple[str, str]]) -> int:
     if output and not output.absolute().parent.is_dir():
         raise UsageError(f"--output={FLAGS.output}: no folder {output.absolute().parent}")
 
-    import numpy as np
-
-    from resnet_jax.classification import ensemble
     from resnet_jax.paper.runs import seeds_of
 
     runs = [str(found) for run in FLAGS.runs for found in ([run] if run.endswith(".npz") else seeds_of(run))]
+    return _detect(runs) if _are_detectors(runs) else _classify(runs, output)
+
+
+def _are_detectors(runs: list[str]) -> bool:
+    from resnet_jax.run import read_config
+
+    folders = [open_folder("--runs", run) for run in runs if not run.endswith(".npz")]
+    return any(read_config(folder)[0].task == "detection" for folder in folders if is_folder(folder))
+
+
+def _detect(runs: list[str]) -> int:
+    for flag in ("evaluate", "select", "output"):
+        if FLAGS[flag].present:
+            raise UsageError(f"--{flag} is for classifiers, and these are detectors")
+    if FLAGS.protocol not in ("center", "multi_scale"):
+        raise UsageError(f"--protocol={FLAGS.protocol}: of detectors it is center or multi_scale")
+
+    from resnet_jax.detection import ensemble
+    from resnet_jax.run import open_run
+    from resnet_jax.training.results import describe
+
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(open_run(open_folder("--runs", run), "detection")) for run in runs]
+        tasks, states = [task for task, _ in opened], [state for _, state in opened]
+        ensemble.check_members(runs, tasks)
+        found = {}
+        for number, run in enumerate([*runs, f"ensemble of {len(runs)}"]):
+            chosen = slice(number, number + 1) if number < len(runs) else slice(None)
+            found[run] = ensemble.evaluate(tasks[chosen], states[chosen], FLAGS.protocol)
+            if not FLAGS.json:
+                print(f"{run}: {describe(found[run])}", flush=True)
+    if FLAGS.json:
+        print(json.dumps({"members": {run: found[run] for run in runs}, "ensemble": found[f"ensemble of {len(runs)}"]}))
+    return 0
+
+
+def _classify(runs: list[str], output: pathlib.Path | None) -> int:
+    import numpy as np
+
+    from resnet_jax.classification import ensemble
+
     files = [ensemble.predictions_file(run, FLAGS.protocol) for run in runs]
     if FLAGS.evaluate and FLAGS.protocol != "calibrated":
         from resnet_jax.run import evaluate_run

@@ -41,6 +41,8 @@ def main(overrides: list[tuple[str, str]]) -> int:
     for name, value in overrides:
         config_lib.override(config, name, value)
     config_lib.validate(config)
+    if config.task != "classification":
+        raise UsageError(f"--config={FLAGS.config} is of task={config.task}; plan knows classification alone")
     if FLAGS.topology != "local":
         os.environ |= ENVIRONMENT
 

@@ -3,7 +3,8 @@
     python -m resnet_jax.report --runs=runs/cifar_20,runs/cifar_plain_20 --output=report
     python -m resnet_jax.report --runs=runs/cifar_20 --output=report --analyze=responses,removal,landscape
 
-A folder of several seeds (main --seeds) counts with all of them. What --analyze finds is kept in each work directory.
+A folder of several seeds (main --seeds) counts with all of them. What --analyze finds is kept in each work directory;
+it is of classification networks alone.
 """
 
 import importlib.util
@@ -39,11 +40,17 @@ def main(overrides: list[tuple[str, str]]) -> int:
         if kind not in KINDS:
             raise UsageError(f"--analyze={kind} is unknown: {', '.join(KINDS)}")
     folders = find_runs(FLAGS.runs)
-    for folder in folders:
-        read_run(folder)  # Mistakes are cheaper to find than layer responses.
-    for folder in folders:
-        if FLAGS.analyze:
-            analyse(folder, FLAGS.analyze, FLAGS.examples)
+    runs = [read_run(folder) for folder in folders]  # Mistakes are cheaper to find than layer responses.
+    if FLAGS.analyze:
+        networks = [run for run in runs if run.task == "classification"]
+        if not networks:
+            raise UsageError(f"--analyze is of classification networks, and {FLAGS.runs[0]} is a run of"
+                             f" task={runs[0].task}")  # fmt: skip
+        for run in runs:
+            if run in networks:
+                analyse(run.folder, FLAGS.analyze, FLAGS.examples)
+            else:
+                print(f"{run.folder}: left out of --analyze, which is of classification networks; task={run.task}")
     for path in write_report([read_run(folder) for folder in folders], pathlib.Path(FLAGS.output).expanduser()):
         print(f"wrote {path}")
     return 0

@@ -10,11 +10,11 @@ import numpy as np
 
 from resnet_jax.data.pictures import read_upright
 from resnet_jax.data.stream import Rows
-from resnet_jax.detection import steps
 from resnet_jax.detection.annotations import AnnotatedImage, Annotations, Detections, annotated_image
 from resnet_jax.detection.batches import Pixels, Resizing, evaluation_batches
 from resnet_jax.detection.draw import draw_large
 from resnet_jax.detection.evaluation import collect
+from resnet_jax.detection.inference import inputs, make_inference_step
 from resnet_jax.detection.settings import make_settings
 from resnet_jax.detection.sources import read_splits
 from resnet_jax.detection.start import make_model
@@ -62,7 +62,7 @@ def predict(
       UsageError: a picture can't be read.
     """
     model = make_model(config, len(weights.classes), weights)
-    step = jax.jit(steps.make_inference_step(model, make_settings(config.detection)))
+    step = jax.jit(make_inference_step((model,), make_settings(config.detection)))
     resizing = Resizing(config.detection.shorter, config.detection.longer)
     values = weights.preprocessing
     resident = {name: np.array(getattr(values, name), np.float32) for name in ("mean", "std")}
@@ -74,7 +74,7 @@ def predict(
         batches = evaluation_batches(annotations, resizing, Rows(batch), pixels=lambda image, read=read: read[image.id])
         outputs: list[Any] = []
         for arrays in batches:
-            found = step(weights.variables, {n: arrays[n] for n in ("images", "extent", "scale")}, resident)
+            found = step((weights.variables,), inputs(arrays), (resident,))
             outputs.append(jax.device_get(found) | {n: arrays[n] for n in ("index", "real")})
         for image, objects in zip(chosen, collect(outputs, len(chosen)), strict=True):
             yield Found(image.path or str(image.id), read[image.id], objects)

@@ -3,14 +3,15 @@
 Nothing here has a gradient: proposals count as given (Faster R-CNN's approximate joint training, section 3.2).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
 
 from resnet_jax.detection import boxes as box_ops, matching
-from resnet_jax.detection.anchors import inside
-from resnet_jax.detection.nms import nms
+from resnet_jax.detection.anchors import identities, inside, make_pyramid_anchors
+from resnet_jax.detection.nms import classwise_nms
 from resnet_jax.detection.settings import Settings
 
 
@@ -77,7 +78,7 @@ class RoISample(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The anchors of a map.
+    """The anchors of a map, or one after the other of several.
 
     Attributes:
       anchors: [N, 4], pixels.
@@ -90,33 +91,68 @@ class Grid(NamedTuple):
     real: jax.Array
 
 
+def make_grids(
+    shapes: Sequence[tuple[int, int]],
+    strides: Sequence[float],
+    sizes: Sequence[Sequence[float]],
+    ratios: Sequence[float],
+    map_extents: Sequence[jax.Array],
+) -> tuple[Grid, ...]:
+    """The anchors of one image on each level, with identities that no other level has.
+
+    Args:
+      shapes: (height, width) of each level, cells.
+      strides: see ``anchors.make_pyramid_anchors``.
+      sizes: likewise, of each level as many.
+      ratios: likewise.
+      map_extents: (height, width) of the image on each level, cells, int [2].
+    """
+    levels = zip(shapes, make_pyramid_anchors(shapes, strides, sizes, ratios), map_extents, strict=True)
+    per_cell, grids = len(sizes[0]) * len(ratios), []
+    for level, ((height, width), anchors, extent) in enumerate(levels):
+        row, column = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
+        real = (row < extent[0]) & (column < extent[1])
+        numbers = identities(height, width, per_cell, level)
+        grids.append(Grid(anchors, numbers, jnp.repeat(real.reshape(-1), per_cell)))
+    return tuple(grids)
+
+
+def join(grids: Sequence[Grid]) -> Grid:
+    """All levels' anchors as one."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *grids)
+
+
 def propose(
-    logits: jax.Array,
-    codes: jax.Array,
-    grid: Grid,
+    logits: Sequence[jax.Array],
+    codes: Sequence[jax.Array],
+    grids: Sequence[Grid],
     extent: jax.Array,
     before: int,
     after: int,
     settings: Settings,
 ) -> Proposals:
-    """The proposals of one image (Faster R-CNN, section 3.3).
+    """The proposals of one image (Faster R-CNN, section 3.3; of several levels as detectron2 makes them).
 
     Args:
-      logits: [N], of the RPN.
+      logits: [N], of the RPN, on each level.
       codes: [N, 4], likewise.
-      grid: the anchors.
+      grids: the anchors, likewise.
       extent: (height, width) of the image, pixels, int [2].
-      before: of highest objectness, so many are looked at.
-      after: so many are returned, P.
+      before: of highest objectness, so many of each level are looked at. Boxes suppress those of their own level.
+      after: so many of all levels are returned, P.
       settings: threshold of NMS, smallest side.
     """
-    scores, order = jax.lax.top_k(jnp.where(grid.real, logits, -jnp.inf), min(before, len(logits)))
-    boxes = box_ops.clip(box_ops.decode(codes[order], grid.anchors[order]), extent[0], extent[1])
+    found = []
+    for level, (level_logits, level_codes, grid) in enumerate(zip(logits, codes, grids, strict=True)):
+        scores = jnp.where(grid.real, level_logits, -jnp.inf)
+        scores, order = jax.lax.top_k(scores, min(before, len(scores)))
+        boxes = box_ops.clip(box_ops.decode(level_codes[order], grid.anchors[order]), extent[0], extent[1])
+        found.append((scores, boxes, grid.identities[order], jnp.full(len(scores), level)))
+    scores, boxes, numbers, levels = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
     shorter = jnp.minimum(*box_ops.sides(boxes))
     usable = (scores > -jnp.inf) & (shorter > 0) & (shorter >= settings.proposal_side)
-    kept, valid = nms(boxes, scores, usable, settings.proposal_nms, after)
-    kept_boxes = jnp.where(valid[:, None], boxes[kept], 0)
-    return Proposals(kept_boxes, valid, grid.identities[order][kept])
+    kept, valid = classwise_nms(boxes, scores, levels, usable, settings.proposal_nms, after)
+    return Proposals(jnp.where(valid[:, None], boxes[kept], 0), valid, numbers[kept])
 
 
 def sample_anchors(key: jax.Array, grid: Grid, truth: Truth, extent: jax.Array, settings: Settings) -> AnchorSample:

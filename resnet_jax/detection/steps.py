@@ -11,15 +11,16 @@ import optax
 from resnet_jax.data import augment
 from resnet_jax.detection.boxes import at_least_float32
 from resnet_jax.detection.detections import Predictions, best_boxes, detect, predict
+from resnet_jax.detection.faster_rcnn import FasterRCNN, Levels
 from resnet_jax.detection.losses import head_losses, rpn_losses
-from resnet_jax.detection.network import FasterRCNN, initialise, trained
+from resnet_jax.detection.network import initialise, trained
 from resnet_jax.detection.per_image import for_each_image
 from resnet_jax.detection.proposals import (
     AnchorSample,
-    Grid,
     Proposals,
     RoISample,
     Truth,
+    join,
     propose,
     sample_anchors,
     sample_rois,
@@ -38,7 +39,7 @@ class Forward(NamedTuple):
     """What the losses of a batch of n images are computed from; for the parts see ``proposals``.
 
     Attributes:
-      rpn_logits: [n, N], at every anchor.
+      rpn_logits: [n, N], at every anchor, level by level.
       rpn_codes: [n, N, 4].
       anchors: sampled ones.
       rois: sampled ones.
@@ -54,14 +55,6 @@ class Forward(NamedTuple):
     codes: jax.Array
 
 
-def _grid(model: FasterRCNN, cells: tuple[int, int], map_extent: jax.Array) -> Grid:
-    """The anchors of one image whose map has that many cells, of which ``map_extent``, int [2], are its own."""
-    anchors, identities = model.anchors(*cells)
-    row, column = jnp.meshgrid(jnp.arange(cells[0]), jnp.arange(cells[1]), indexing="ij")
-    real = (row < map_extent[0]) & (column < map_extent[1])
-    return Grid(anchors, identities, jnp.repeat(real.reshape(-1), model.anchors_per_cell))
-
-
 def forward(network: FasterRCNN, images: jax.Array, batch: Batch, seed: int, settings: Settings) -> Forward:
     """The network in training: ``model.apply(..., method=forward)``.
 
@@ -72,27 +65,26 @@ def forward(network: FasterRCNN, images: jax.Array, batch: Batch, seed: int, set
       seed: what is drawn follows from (seed, epoch, index) of each image alone.
       settings: how proposals are made and what is drawn.
     """
-    features, map_extent = network.features(images, batch["extent"], train=True)
-    cells = features.shape[1:3]
-    rpn_logits, rpn_codes = network.propose(features)
+    maps, map_extents = network.features(images, batch["extent"], train=True)
+    shapes = [features.shape[1:3] for features in maps]
+    rpn_logits, rpn_codes = network.propose(maps)
 
-    def choose(logits, codes, truth, map_extent, extent, epoch, index):
+    def choose(logits, codes, truth, map_extents, extent, epoch, index):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), epoch), index)
-        anchor_key, roi_key = jax.random.split(key)
-        grid = _grid(network, cells, map_extent)
-        anchors = sample_anchors(anchor_key, grid, truth, extent, settings)
+        anchor_key, roi_key, drop_key = jax.random.split(key, 3)
+        grids = network.grids(shapes, map_extents)
+        anchors = sample_anchors(anchor_key, join(grids), truth, extent, settings)
         counts = settings.train_before_nms, settings.train_after_nms
-        proposals = propose(logits, codes, grid, extent, *counts, settings)
-        return anchors, sample_rois(roi_key, proposals, truth, settings)
+        proposals = propose(logits, codes, grids, extent, *counts, settings)
+        return anchors, sample_rois(roi_key, proposals, truth, settings), drop_key
 
     truth = Truth(batch["boxes"], batch["labels"], batch["valid"], batch["crowd"])
-    anchors, rois = jax.lax.stop_gradient(
-        for_each_image(choose)(
-            *jax.lax.stop_gradient((rpn_logits, rpn_codes)),
-            truth, map_extent, batch["extent"], batch["epoch"], batch["index"],
-        )
-    )  # fmt: skip
-    logits, codes = network.classify(features, map_extent, rois.boxes, batch["extent"], train=True)
+    outputs = jax.lax.stop_gradient((rpn_logits, rpn_codes))
+    images_own = truth, map_extents, batch["extent"], batch["epoch"], batch["index"]
+    anchors, rois, drop_keys = for_each_image(choose)(*outputs, *images_own)
+    anchors, rois = jax.lax.stop_gradient((anchors, rois))
+    logits, codes = network.classify(maps, map_extents, rois.boxes, batch["extent"], train=True, keys=drop_keys)
+    rpn_logits, rpn_codes = (jnp.concatenate(levels, axis=1) for levels in (rpn_logits, rpn_codes))
     return Forward(rpn_logits, rpn_codes, anchors, rois, logits, codes)
 
 
@@ -171,6 +163,27 @@ def initial_state(
     return update.initial_state(initialise(model, jax.random.key(config.seed)), optimizer, config.optimizer.ema)
 
 
+def proposals_of(
+    network: FasterRCNN, maps: Levels, map_extents: Levels, extent: jax.Array, settings: Settings
+) -> Proposals:
+    """The proposals of each image in test, [n, P, ...].
+
+    Args:
+      network: bound to its variables.
+      maps: of ``network.features``, as the next.
+      map_extents: likewise.
+      extent: of the images, pixels, int [n, 2].
+      settings: how many proposals, P.
+    """
+    shapes = [features.shape[1:3] for features in maps]
+
+    def propose_in(logits, codes, map_extents, extent) -> Proposals:
+        counts = settings.test_before_nms, settings.test_after_nms
+        return propose(logits, codes, network.grids(shapes, map_extents), extent, *counts, settings)
+
+    return for_each_image(propose_in)(*network.propose(maps), map_extents, extent)
+
+
 def infer(network: FasterRCNN, images: jax.Array, extent: jax.Array, settings: Settings) -> Predictions:
     """The head's predictions at the proposals: ``model.apply(..., method=infer)``.
 
@@ -183,17 +196,11 @@ def infer(network: FasterRCNN, images: jax.Array, extent: jax.Array, settings: S
     Returns:
       ``detections.Predictions`` [n, P or 2 P, classes, ...], before suppression.
     """
-    features, map_extent = network.features(images, extent)
-    cells = features.shape[1:3]
-
-    def propose_in(logits, codes, map_extent, extent) -> Proposals:
-        counts = settings.test_before_nms, settings.test_after_nms
-        return propose(logits, codes, _grid(network, cells, map_extent), extent, *counts, settings)
-
-    proposals = for_each_image(propose_in)(*network.propose(features), map_extent, extent)
+    maps, map_extents = network.features(images, extent)
+    proposals = proposals_of(network, maps, map_extents, extent, settings)
 
     def predict_at(rois: jax.Array) -> Predictions:
-        logits, codes = network.classify(features, map_extent, rois, extent)
+        logits, codes = network.classify(maps, map_extents, rois, extent)
         return jax.vmap(lambda *of_image: predict(*of_image, settings))(logits, codes, rois, proposals.valid, extent)
 
     predictions = predict_at(proposals.boxes)

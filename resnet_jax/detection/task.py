@@ -1,6 +1,6 @@
 """Detection as a task of the training loop."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 import hashlib
 import io
@@ -15,12 +15,14 @@ from PIL import Image
 from resnet_jax import distributed
 from resnet_jax.data.sources import worker_count
 from resnet_jax.data.statistics import IMAGENET_MEAN, IMAGENET_STD
-from resnet_jax.data.stream import Batches, Rows
+from resnet_jax.data.stream import Rows
 from resnet_jax.detection import steps
 from resnet_jax.detection.annotations import Detections
 from resnet_jax.detection.batches import Resizing, evaluation_batches, room_for_boxes, training_batches
 from resnet_jax.detection.draw import contact_sheet, draw_large
 from resnet_jax.detection.evaluation import as_arrays, collect, figures
+from resnet_jax.detection.faster_rcnn import FasterRCNN
+from resnet_jax.detection.inference import inputs, make_inference_step
 from resnet_jax.detection.result_files import coco_file, voc_files
 from resnet_jax.detection.settings import make_settings
 from resnet_jax.detection.sources import Split, read_splits
@@ -38,6 +40,8 @@ from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Evaluation
 from resnet_jax.training.workdir import CENTER
 
+MULTI_SCALE = "multi_scale"
+_PROTOCOLS = (CENTER, MULTI_SCALE)
 _SHOWN, _COLUMNS, _SURE = 12, 4, 0.5  # Pictures in a run's ``found.png``, and the least score of what they show.
 _AHEAD = 2  # Batches that evaluation gives the devices before it waits for their results.
 
@@ -77,14 +81,15 @@ class Detection:
         if config.model.num_classes not in (0, len(self.classes)):
             raise UsageError(f"model.num_classes={config.model.num_classes}, but the data have {len(self.classes)}")
         self.model = self.model.clone(num_classes=len(self.classes))
-        self._resizing = Resizing(config.detection.shorter, config.detection.longer)
+        self.resizing = Resizing(config.detection.shorter, config.detection.longer)
         self._optimizer = make_optimizer(config.optimizer)
         state = jax.eval_shape(self._new_state)
         self._weights = None
         if start and start.variables:
             wanted = {"params": state.params, "batch_stats": state.batch_stats}
             self._weights = starting_variables(start, wanted, config, self.classes)
-        self._infer = jax.jit(steps.make_inference_step(self.model, self._settings))
+        self._views(config.eval.protocol)
+        self._steps: dict[str, Callable[..., Any]] = {}  # By protocol, jitted.
         self._mean, self._std = _pixel_statistics(config, start, explicit)
         dtype = storage_dtype(self.model.backbone.dtype)
 
@@ -128,7 +133,7 @@ class Detection:
         split, config = self._splits["train"], self._config
         return training_batches(
             split.annotations,
-            self._resizing,
+            self.resizing,
             config.seed,
             self._rows(config.batch_size),
             first_step,
@@ -146,43 +151,62 @@ class Detection:
         data = self._config.data
         return {"workers": worker_count(data.workers), "processes": data.worker_type == "process"}
 
-    def evaluation_batches(self, split: str) -> Batches:
-        """This process's part of batches that hold every image of a split once."""
-        annotations, pixels = self._splits[split].annotations, self._splits[split].pixels
-        devices = self._mesh.size
-        batch = math.ceil(min(self._config.eval.batch_size, len(annotations)) / devices) * devices
-        return evaluation_batches(
-            annotations, self._resizing, self._rows(batch), pixels=pixels, room=room_for_boxes(annotations),
-            **self._reading,
-        )  # fmt: skip
+    def inference_step(self, models: Sequence[FasterRCNN], protocol: str) -> Callable[..., dict[str, jax.Array]]:
+        """The jitted step of ``inference.make_inference_step`` for these models by a test protocol."""
+        return jax.jit(make_inference_step(models, self._settings, self._views(protocol)))
 
-    def detect(self, state: TrainState, split: str, poll: Callable[[], None] = lambda: None) -> list[Detections]:
-        """What is found in each image of a split, in their order."""
+    def _views(self, protocol: str) -> tuple[int, ...]:
+        if protocol not in _PROTOCOLS:
+            raise UsageError(f"eval.protocol={protocol}: of task=detection it is {' or '.join(_PROTOCOLS)}")
+        return tuple(self._config.detection.test_scales) if protocol == MULTI_SCALE else ()
+
+    def look(
+        self,
+        infer: Callable[..., dict[str, jax.Array]],
+        split: str,
+        protocol: str,
+        poll: Callable[[], None] = lambda: None,
+    ) -> list[Detections]:
+        """What an inference step (of a batch) finds in each image of a split, in their order."""
+        annotations, pixels = self._splits[split].annotations, self._splits[split].pixels
+        devices, views = self._mesh.size, self._views(protocol)
+        batch_size = math.ceil(min(self._config.eval.batch_size, len(annotations)) / devices) * devices
+        read = evaluation_batches(
+            annotations,
+            self.resizing,
+            self._rows(batch_size),
+            pixels=pixels,
+            room=room_for_boxes(annotations),
+            views=views,
+            **self._reading,
+        )
         outputs: list[Any] = []
-        with Prefetch(
-            self.evaluation_batches(split), partial(shard_batch, self._mesh), self._config.data.prefetch
-        ) as batches:
+        with Prefetch(read, partial(shard_batch, self._mesh), self._config.data.prefetch) as batches:
             for batch in batches:
                 poll()
-                found = self._infer(
-                    state.variables, {n: batch[n] for n in ("images", "extent", "scale")}, self.resident
-                )
-                outputs.append(distributed.gather(self._mesh, found | {n: batch[n] for n in ("index", "real")}))
+                found = infer(inputs(batch)) | {name: batch[name] for name in ("index", "real")}
+                outputs.append(distributed.gather(self._mesh, found))
                 if len(outputs) > _AHEAD:
                     outputs[-1 - _AHEAD] = jax.device_get(outputs[-1 - _AHEAD])
-        return collect(jax.device_get(outputs), len(self._splits[split].annotations))
+        return collect(jax.device_get(outputs), len(annotations))
+
+    def judge(self, split: str, detections: list[Detections]) -> dict[str, float]:
+        """The metrics of what was found in the images of a split."""
+        annotations, asked = self._splits[split].annotations, self._config.detection
+        metrics = figures(annotations, detections, asked.average_precision) if asked.labelled else {}
+        return metrics | {"examples": len(annotations), "detections": sum(map(len, detections))}
 
     def evaluate(self, state: TrainState, split: str, poll: Callable[[], None], protocol: str = CENTER) -> Evaluation:
         annotations = self._splits[split].annotations
-        detections = self.detect(state, split, poll)
-        labelled = self._config.detection.labelled
-        metrics = figures(annotations, detections, self._config.detection.average_precision) if labelled else {}
-        counts = {"examples": len(annotations), "detections": sum(map(len, detections))}
+        if protocol not in self._steps:
+            self._steps[protocol] = self.inference_step((self.model,), protocol)
+        step = self._steps[protocol]
+        detections = self.look(lambda batch: step((state.variables,), batch, (self.resident,)), split, protocol, poll)
         files = {"detections.json": coco_file(annotations, detections), "found.png": self._sheet(split, detections)}
         if isinstance(annotations.images[0].id, str):  # Named as VOC's are, not numbered as COCO's.
             name = self._config.data.test_split or "test"
             files |= {f"voc/{file}": text for file, text in voc_files(name, annotations, detections).items()}
-        return Evaluation(metrics | counts, as_arrays(detections), files)
+        return Evaluation(self.judge(split, detections), as_arrays(detections), files)
 
     def _sheet(self, split: str, detections: list[Detections]) -> bytes:
         """The first pictures of a split with what was found in them, as a PNG file."""

@@ -6,7 +6,7 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
-from resnet_jax.models.layers import BatchNorm, Conv
+from resnet_jax.models.layers import BatchNorm, Conv, GroupNorm, normalisation
 
 # How a block's two branches meet: the paper's options A, B and C, none (plain nets), or a gate (Highway nets).
 SHORTCUTS = ("A", "B", "C", "none", "gated")
@@ -73,8 +73,8 @@ class Block(nn.Module):
         width = self.features // 4
         return [(width, 1, first), (width, 3, middle), (self.features, 1, 1)]
 
-    def _norm(self, name: str, scale_init: float = 1.0) -> BatchNorm:
-        return BatchNorm(self.batch_norm, self.batch_norm_momentum, scale_init=scale_init, dtype=self.dtype, name=name)
+    def _norm(self, name: str, scale_init: float = 1.0) -> BatchNorm | GroupNorm:
+        return normalisation(self.batch_norm, self.batch_norm_momentum, self.dtype, name, scale_init)
 
     def _shortcut(self, x: jax.Array, train: bool) -> jax.Array:
         same_shape = self.stride == 1 and x.shape[-1] == self.features

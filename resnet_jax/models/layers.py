@@ -1,4 +1,4 @@
-"""The layers all networks are made of: convolution, batch normalisation, pooling.
+"""The layers all networks are made of: convolution, normalisation, pooling.
 
 Arrays are NHWC. Padding is explicit everywhere: XLA's ``SAME`` pads strided windows on the right first,
 which is neither Caffe's nor torch's padding.
@@ -13,6 +13,9 @@ from jax import numpy as jnp
 
 from resnet_jax.distributed import BATCH_AXIS, platform
 from resnet_jax.errors import UsageError
+
+# Wu and He's choice for ImageNet's networks (Group Normalization, 2018, section 4.1).
+CHANNEL_GROUPS = 32
 
 
 def resolve_dtype(name: str) -> jnp.dtype:
@@ -93,6 +96,7 @@ class Conv(nn.Module):
     padding: int | None = None
     use_bias: bool = False
     init_fan: str = "fan_out"
+    init_gain: float = 2.0
     bias_init: float = 0.0
     dtype: Any = jnp.float32
 
@@ -108,7 +112,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", he_normal(self.init_fan), shape, storage_dtype(self.dtype))
+        kernel = self.param("kernel", he_normal(self.init_fan, self.init_gain), shape, storage_dtype(self.dtype))
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
@@ -143,9 +147,10 @@ def count_groups(batch_norm: str, batch: int) -> int:
     """Into how many groups of consecutive examples a batch is split for its BatchNorm statistics.
 
     ``global`` is one group; ``per_device`` one per device of the mesh in force (``jax.set_mesh``);
-    ``group:N`` is N examples a group, whichever device they lie on.
+    ``group:N`` is N examples a group, whichever device they lie on. ``group_norm``, which takes none of the batch, is
+    one group too.
     """
-    if batch_norm in ("global", "frozen"):
+    if batch_norm in ("global", "frozen") or is_group_norm(batch_norm):
         return 1
     if batch_norm == "per_device":
         groups = dict(jax.sharding.get_abstract_mesh().shape).get(BATCH_AXIS, 1)
@@ -155,7 +160,8 @@ def count_groups(batch_norm: str, batch: int) -> int:
     name, _, size = batch_norm.partition(":")
     if name != "group" or not size.isdecimal() or int(size) < 1:
         raise UsageError(
-            f"batch_norm {batch_norm!r} is unknown: global, per_device, group:N (as in group:32) or frozen"
+            f"batch_norm {batch_norm!r} is unknown: global, per_device, group:N (as in group:32, examples), group_norm,"
+            " group_norm:N (as in group_norm:32, groups of channels) or frozen"
         )
     if batch % int(size):
         raise UsageError(
@@ -203,3 +209,64 @@ class BatchNorm(nn.Module):
                 running.value = self.momentum * running.value + (1 - self.momentum) * batch
         y = (grouped - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
         return y.reshape(x.shape).astype(self.dtype)
+
+
+def is_group_norm(batch_norm: str) -> bool:
+    """Whether that names GroupNorm: ``group_norm`` or ``group_norm:N``."""
+    name, colon, groups = batch_norm.partition(":")
+    return name == "group_norm" and (not colon or (groups.isdecimal() and int(groups) > 0))
+
+
+def count_channel_groups(batch_norm: str, channels: int) -> int:
+    """Into how many groups of consecutive channels GroupNorm splits a layer.
+
+    ``group_norm:N`` is N. ``group_norm`` is 32, or where that would leave less than two channels to a group, or
+    does not divide, the next smaller number that does: 8 of the 16 channels that CIFAR nets begin with.
+
+    Raises:
+      UsageError: N does not divide the channels.
+    """
+    _, _, asked = batch_norm.partition(":")
+    if not asked:
+        return next(n for n in range(max(1, min(CHANNEL_GROUPS, channels // 2)), 0, -1) if channels % n == 0)
+    if channels % int(asked):
+        raise UsageError(
+            f"batch_norm={batch_norm}: {channels} channels do not divide into {asked} groups;"
+            " model.batch_norm=group_norm finds a number that does"
+        )
+    return int(asked)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu and He, 2018): each example's groups of channels by their own mean and biased variance.
+
+    The same in training and test, and whatever else is in the batch: what trains from scratch where few images fit.
+    Statistics are taken in float32 at least. ``counted``, bool [N, H, W], says which positions have a part in them.
+    """
+
+    batch_norm: str = "group_norm"
+    epsilon: float = 1e-5
+    scale_init: float = 1.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False, counted: jax.Array | None = None) -> jax.Array:
+        channels, dtype = x.shape[-1], storage_dtype(self.dtype)
+        scale = self.param("scale", nn.initializers.constant(self.scale_init), (channels,), dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,), dtype)
+        groups = count_channel_groups(self.batch_norm, channels)
+        grouped = x.astype(dtype).reshape(len(x), -1, groups, channels // groups)
+        over = {"axis": (1, 3), "keepdims": True}
+        if counted is not None:
+            over["where"] = counted.reshape(len(x), -1, 1, 1)
+        y = (grouped - grouped.mean(**over)) * jax.lax.rsqrt(grouped.var(**over) + self.epsilon)
+        return (y.reshape(x.shape) * scale + bias).astype(self.dtype)
+
+
+def normalisation(
+    batch_norm: str, momentum: float, dtype: Any, name: str, scale_init: float = 1.0
+) -> BatchNorm | GroupNorm:
+    """The layer that ``batch_norm`` asks for, called with (x, train). Both have parameters ``scale`` and ``bias``."""
+    if is_group_norm(batch_norm):
+        return GroupNorm(batch_norm, scale_init=scale_init, dtype=dtype, name=name)
+    return BatchNorm(batch_norm, momentum, scale_init=scale_init, dtype=dtype, name=name)

@@ -8,7 +8,7 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
-from resnet_jax.models.layers import Conv, MaxPool
+from resnet_jax.models.layers import Conv, GroupNorm, MaxPool
 
 Size = tuple[int, int]  # (height, width), pixels or cells.
 
@@ -23,8 +23,9 @@ def inside(canvas: Size, extents: jax.Array) -> jax.Array:
 def masked_padding(canvas: Size, extents: jax.Array) -> Iterator[dict[Size, jax.Array]]:
     """Networks applied within it see each image as if the layers had padded the image itself.
 
-    What lies beyond an image's borders is set to zero before every convolution and pooling; models know nothing of it.
-    Statistics that BatchNorm takes of a batch would count padding: normalise with running ones.
+    What lies beyond an image's borders is set to zero before every convolution and pooling, and GroupNorm does not
+    count it; models know nothing of it. Statistics that BatchNorm takes of a batch would count padding: normalise with
+    running ones.
 
     Args:
       canvas: of the images, pixels.
@@ -38,11 +39,14 @@ def masked_padding(canvas: Size, extents: jax.Array) -> Iterator[dict[Size, jax.
 
     def mask(layer: Any, arguments: tuple, keywords: dict[str, Any], context: nn.module.InterceptorContext):
         module = context.module
-        if context.method_name != "__call__" or not isinstance(module, (Conv, MaxPool)):
+        if context.method_name != "__call__" or not isinstance(module, (Conv, GroupNorm, MaxPool)):
             return layer(*arguments, **keywords)
-        (x,) = arguments
+        x, *others = arguments
         extent = by_size[x.shape[1:3]]
-        y = layer(jnp.where(inside(x.shape[1:3], extent)[..., None], x, 0), **keywords)
+        own = inside(x.shape[1:3], extent)
+        if isinstance(module, GroupNorm):
+            return layer(x, *others, counted=own, **keywords)
+        y = layer(jnp.where(own[..., None], x, 0), *others, **keywords)
         by_size[y.shape[1:3]] = module.output_size(extent)
         return y
 

@@ -8,7 +8,7 @@ from jax import numpy as jnp
 
 from resnet_jax.errors import UsageError
 from resnet_jax.models.blocks import SHORTCUTS, Block
-from resnet_jax.models.layers import BatchNorm, Conv, Head, MaxPool, average_pool, check_stage, storage_dtype
+from resnet_jax.models.layers import Conv, Head, MaxPool, average_pool, check_stage, normalisation, storage_dtype
 
 # Stem: (size, stride, whether a 3x3/2 max-pool follows); the paper's Table 1 and section 4.2.
 STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False)}
@@ -32,7 +32,7 @@ class Stem(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         size, stride, pool = STEMS[self.kind]
         x = Conv(self.features, size, stride, init_fan=self.init_fan, dtype=self.dtype, name="conv")(x)
-        x = nn.relu(BatchNorm(self.batch_norm, self.batch_norm_momentum, dtype=self.dtype, name="bn")(x, train))
+        x = nn.relu(normalisation(self.batch_norm, self.batch_norm_momentum, self.dtype, "bn")(x, train))
         if not pool:
             return x
         both = self.pool_padding == "both"
@@ -74,9 +74,11 @@ class ResNet(nn.Module):
       gate_bias: initial bias of the gates; negative, so that gated blocks begin near the identity.
       init_fan: He's fan, ``fan_out`` or ``fan_in``.
       batch_norm: over which examples statistics are taken: ``global``, ``per_device`` or ``group:N``; ``frozen`` uses
-        the running ones in training too and leaves them as they are.
-      freeze_at: how much of the network training leaves as it is, statistics too: 0 nothing, 1 the stem, 2 the stem and
-        stage 1, ... (as detectron2 counts).
+        the running ones in training too and leaves them as they are; ``group_norm`` or ``group_norm:N`` is GroupNorm
+        (``layers.count_channel_groups``), under BN's names and without running statistics.
+      freeze_at: how many of the leading ``parts`` training leaves as they are, statistics too: 0 none, 1 the stem, 2
+        the stem and stage 1, ... (as detectron2 counts).
+      last_stride: of the last stage: 2, or 1 where a detector pools regions to the 7x7 that it would leave.
       batch_norm_momentum: how much of the running statistics a step keeps.
       dtype: compute dtype.
     """
@@ -97,7 +99,13 @@ class ResNet(nn.Module):
     batch_norm: str = "global"
     batch_norm_momentum: float = 0.9
     freeze_at: int = 0
+    last_stride: int = 2
     dtype: Any = jnp.float32
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of what images go through, in that order, up to the classifier."""
+        return ("stem", *(f"stage{i}" for i in range(1, len(self.blocks) + 1)))
 
     def setup(self):
         choices = {"shortcut": SHORTCUTS, "shortcut_zeros": ("end", "both"), "stride_in": ("first", "middle"),
@@ -109,9 +117,12 @@ class ResNet(nn.Module):
         settings = ("bottleneck", "shortcut", "shortcut_zeros", "stride_in", "zero_init_last", "gate_bias")
         block = shared | {name: getattr(self, name) for name in settings}
         self.stem_layers = Stem(self.stem, self.stem_width, self.pool_padding, **shared, name="stem")
+        strides = [1, *[2] * (len(self.blocks) - 1)]
+        if len(strides) > 1:
+            strides[-1] = self.last_stride
         self.stages = [
-            Stage(count, 1 if i == 1 else 2, block | {"features": width}, name=f"stage{i}")
-            for i, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True), start=1)
+            Stage(count, stride, block | {"features": width}, name=f"stage{i}")
+            for i, (count, stride, width) in enumerate(zip(self.blocks, strides, self.widths, strict=True), start=1)
         ]
         self.head = Head(self.num_classes, self.dtype)
 
@@ -122,12 +133,11 @@ class ResNet(nn.Module):
     def features(self, images: jax.Array, train: bool = False, stages: int | None = None) -> dict[str, jax.Array]:
         """The outputs of ``stem`` and of every stage (``stage1``, ...), or the first ``stages``: [N, H', W', C']."""
         x, outputs = images.astype(self.dtype), {}
-        for i, part in enumerate((self.stem_layers, *self.stages[:stages])):
+        layers = (self.stem_layers, *self.stages[:stages])
+        for i, (name, part) in enumerate(zip(self.parts[: len(layers)], layers, strict=True)):
             frozen = i < self.freeze_at
             x = part(x, train and not frozen)
-            if frozen:
-                x = jax.lax.stop_gradient(x)
-            outputs[f"stage{i}" if i else "stem"] = x
+            x = outputs[name] = jax.lax.stop_gradient(x) if frozen else x
         return outputs
 
     def stage(self, x: jax.Array, number: int, train: bool = False) -> jax.Array:

@@ -79,6 +79,33 @@ def training_curves(runs: Sequence[Run], colours: Mapping[str, str]) -> str:
     return draw(paint, label=f"Training and test error by iteration of {', '.join(run.name for run in runs)}")
 
 
+def detector_curves(runs: Sequence[Run], colours: Mapping[str, str]) -> str:
+    """The mean average precision and the losses of detectors by iteration; what no run has logged has no panel."""
+    shown = {
+        "test_map": "mAP, %",
+        "train_loss": "loss",
+        "train_rpn_objectness_loss": "RPN: objectness",
+        "train_rpn_box_loss": "RPN: boxes",
+        "train_class_loss": "regions: classes",
+        "train_box_loss": "regions: boxes",
+    }
+    shown = {name: title for name, title in shown.items() if any(name in line for run in runs for line in run.metrics)}
+
+    def paint(axes: Sequence[Any]) -> None:
+        for axis, (name, title) in zip(axes, shown.items(), strict=True):
+            for run in runs:
+                points = [(line["step"], line[name]) for line in run.metrics if name in line]
+                style = {"linewidth": 2.4, "marker": "o", "markersize": 4} if name == "test_map" else {"linewidth": 1.2}
+                if points:
+                    axis.plot(*zip(*points, strict=True), color=colours[run.name], label=run.name, **style)
+            axis.set(xlabel="iteration", ylabel=title, xlim=(0, None), ylim=(0, None))
+            axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        max(axes, key=lambda axis: len(axis.get_lines())).legend()  # A run may have losses alone.
+
+    label = f"Average precision and losses by iteration of {', '.join(run.name for run in runs)}"
+    return draw(paint, panels=len(shown), label=label)
+
+
 def responses(runs: Sequence[Run], colours: Mapping[str, str]) -> str:
     """Figure 7: deviations of layer responses, in the layers' order and by size."""
 

@@ -1,6 +1,6 @@
 """Runs of ours as a report sees them: what was trained on what, how far, with what errors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -8,7 +8,8 @@ from typing import Any
 
 from resnet_jax.buckets import Folder, exists, is_folder, open_folder
 from resnet_jax.classification.predict import imagenet_names
-from resnet_jax.config import restore_config
+from resnet_jax.config import flatten, restore_config
+from resnet_jax.detection import voc
 from resnet_jax.errors import UsageError
 from resnet_jax.pretrained.formats import CIFAR10
 from resnet_jax.training.workdir import DATA, read_json
@@ -21,6 +22,11 @@ _FIELDS = {
     "landscape": {"distances", "losses"},
 }
 
+# data.test_split -> what the tables call the test set.
+_VOC_TESTS = {"07_test": "voc07", "12_test": "voc12"}
+_COCO_TESTS = {"val2014": "coco", "val2017": "coco", "test-dev2015": "coco_test_dev", "test-dev2017": "coco_test_dev"}
+_COCO_CLASSES, _COCO_IDS = 80, frozenset(range(1, 91))
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -30,7 +36,9 @@ class Run:
       folder: where it is.
       config: the flat config.
       summaries: by test protocol: what ``summary.json`` says; ``calibrated`` besides.
-      data: ``cifar10``, ``imagenet`` or ``other``.
+      data: ``cifar10``, ``imagenet`` or ``other``; of detection the test set: ``voc07``, ``voc12``, ``coco`` (val),
+        ``coco_test_dev`` or ``other``.
+      classes: names, in the order of their labels.
       metrics: the lines of ``metrics.jsonl``.
       analysis: what ``paper.analysis`` found, or nothing.
     """
@@ -39,8 +47,14 @@ class Run:
     config: dict[str, Any]
     summaries: dict[str, dict[str, Any]]
     data: str
+    classes: tuple[str, ...]
     metrics: list[dict[str, Any]]
     analysis: dict[str, Any]
+
+    @property
+    def task(self) -> str:
+        """What it learns."""
+        return self.config["task"]
 
     @property
     def model(self) -> str:
@@ -102,8 +116,7 @@ def read_run(folder: Folder) -> Run:
     Raises:
       UsageError: it has never been evaluated, is another version's, or damaged.
     """
-    config = read_json(folder / "config.json")
-    restore_config(config, str(folder))
+    config = flatten(restore_config(read_json(folder / "config.json"), str(folder)))
     summaries = {}
     for path in (folder / "summary.json", *sorted(folder.glob("eval/*/summary.json"))):
         found = read_json(path)
@@ -122,9 +135,26 @@ def read_run(folder: Folder) -> Run:
     for kind, fields in _FIELDS.items():
         if kind in analysis and not fields <= set(analysis[kind]):
             raise UsageError(f"{folder / ANALYSIS}: damaged, or another version's; without it --analyze makes it anew")
-    return Run(folder, config, summaries, _data_of(folder), metrics, analysis)
+    known = read_json(folder / DATA) or {}
+    data = _TESTS[config["task"]](config, known)
+    return Run(folder, config, summaries, data, tuple(known.get("classes", ())), metrics, analysis)
 
 
-def _data_of(folder: Folder) -> str:
-    classes = tuple((read_json(folder / DATA) or {}).get("classes", ()))
+def _of_classification(config: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    del config  # The same images have many sources.
+    classes = tuple(known.get("classes", ()))
     return "cifar10" if classes == CIFAR10 else "imagenet" if set(classes) == set(imagenet_names()) else "other"
+
+
+def _of_detection(config: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    classes, category_ids = known.get("classes", ()), known.get("category_ids", ())
+    if set(classes) == set(voc.CLASSES):
+        found = _VOC_TESTS
+    elif len(classes) == _COCO_CLASSES and set(category_ids) <= _COCO_IDS:
+        found = _COCO_TESTS
+    else:
+        found = {}
+    return found.get(config["data.test_split"], "other")
+
+
+_TESTS = {"classification": _of_classification, "detection": _of_detection}

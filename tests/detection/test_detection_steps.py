@@ -7,11 +7,12 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 import pytest
-from tiny_detector import RESIDENT, SETTINGS, padded, random_variables, rectangles, tiny_detector
+from tiny_detector import KINDS, RESIDENT, SETTINGS, padded, random_variables, rectangles, tiny_detector
 
 from resnet_jax.config import default_config
 from resnet_jax.data.augment import normalise
-from resnet_jax.detection import steps
+from resnet_jax.detection import anchors, steps
+from resnet_jax.detection.network import trained
 from resnet_jax.detection.settings import make_settings
 from resnet_jax.distributed import make_mesh, replicate, shard_batch
 from resnet_jax.training.optimizer import make_optimizer
@@ -20,11 +21,23 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PARTS = ("rpn_objectness_loss", "rpn_box_loss", "class_loss", "box_loss")
 SEED = 5
+# The sizes of each detector's maps of 64 x 80 pixels, and their strides.
+PYRAMIDS = {
+    "c4": ([(4, 5)], [16]),
+    "vgg": ([(4, 5)], [16]),
+    "fpn": ([(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)], [4, 8, 16, 32, 64]),
+}
+OF_EACH_KIND = pytest.mark.parametrize("kind", KINDS, indirect=True)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_detector()
+def kind(request):
+    return getattr(request, "param", "c4")
+
+
+@pytest.fixture(scope="module")
+def model(kind):
+    return tiny_detector(kind)
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +93,13 @@ def code_by_hand(box: np.ndarray, anchor: np.ndarray) -> np.ndarray:
                            np.log(side / anchor_side)])  # fmt: skip
 
 
-def test_each_part_of_the_loss_is_that_of_the_definition(model, variables, forward):
+@OF_EACH_KIND
+def test_each_part_of_the_loss_is_that_of_the_definition(kind, variables, forward):
     batch = pictures()
     found, parts = forward(variables, batch)
-    all_anchors = np.asarray(model.anchors(4, 5)[0], np.float64)
+    sizes = KINDS[kind]["anchor_sizes"]
+    sizes = [[size] for size in sizes] if kind == "fpn" else [sizes]
+    all_anchors = np.concatenate(anchors.make_pyramid_anchors(*PYRAMIDS[kind], sizes, (0.5, 1, 2))).astype(np.float64)
     total = dict.fromkeys(PARTS, 0.0)
     for row in range(2):
         truth = batch["valid"][row] & ~batch["crowd"][row]
@@ -132,16 +148,34 @@ def test_annotated_boxes_are_regions_too_and_crowds_are_not(variables, forward):
         assert by_hand.shared_area(box, batch["boxes"][1, 2]) / by_hand.area(box) < 0.7
 
 
+@OF_EACH_KIND
 def test_what_is_drawn_does_not_depend_on_the_other_images(variables, forward):
     batch, other = pictures(), rectangles(3)
     swapped = {name: np.stack([x[1], other[name][2]]) for name, x in batch.items()}
     found, again = forward(variables, batch)[0], forward(variables, swapped)[0]
     np.testing.assert_array_equal(again.anchors.indices[0], found.anchors.indices[1])
     np.testing.assert_array_equal(again.rois.boxes[0], found.rois.boxes[1])
+    np.testing.assert_allclose(again.logits[0], found.logits[1], rtol=1e-5, atol=1e-5)
     later = {**batch, "epoch": batch["epoch"] + 1}
     assert (forward(variables, later)[0].anchors.indices != found.anchors.indices).any()
 
 
+@pytest.mark.parametrize("kind", ["c4", "vgg"], indirect=True)
+def test_dropout_is_drawn_anew_for_each_image_and_each_epoch(kind, variables, forward):
+    first = {name: x[:1] for name, x in pictures().items()}
+    batch = {name: np.concatenate([x, x, x]) for name, x in first.items()}
+    batch["index"][1] += 1
+    batch["epoch"][2] += 1
+    found, _ = forward(variables, batch)
+    logits = []
+    for row in range(3):
+        (place,) = np.flatnonzero((found.rois.boxes[row] == first["boxes"][0, 0]).all(1) & found.rois.sampled[row])
+        logits.append(found.logits[row, place])
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert np.allclose(logits[one], logits[other], atol=1e-4) == (kind != "vgg")
+
+
+@OF_EACH_KIND
 def test_padding_the_canvas_the_boxes_and_the_batch_changes_no_loss(variables, forward):
     batch = pictures()
     larger = padded(batch, down=32, right=48, boxes=3)
@@ -155,6 +189,7 @@ def test_padding_the_canvas_the_boxes_and_the_batch_changes_no_loss(variables, f
     np.testing.assert_allclose(forward(variables, single)[0].logits[0], found.logits[0], rtol=0, atol=1e-5)
 
 
+@OF_EACH_KIND
 def test_padding_changes_no_detection(variables, infer):
     batch = pictures()
     found = infer(variables, batch)
@@ -180,11 +215,12 @@ def test_boxes_come_back_in_the_image_s_own_pixels(variables, infer):
         np.testing.assert_array_equal(scaled["scores"], found["scores"])
 
 
-@pytest.mark.parametrize("what", ["training", "inference"])
-def test_eight_devices_do_what_one_does(what):
+@functools.cache
+def on_one_device_and_on_eight(kind: str, what: str):
+    """What a step starts from, and what comes of it: (model, start, [of one device, of eight])."""
     batch = rectangles(8)
     with jax.enable_x64(True):
-        model = tiny_detector(dtype=jnp.float64)
+        model = tiny_detector(kind, dtype=jnp.float64)
         variables = random_variables(model)
         resident = jax.tree.map(np.float64, RESIDENT)
         if what == "training":
@@ -192,7 +228,7 @@ def test_eight_devices_do_what_one_does(what):
             optimizer = make_optimizer(config.optimizer)
             step = steps.make_train_step(model, optimizer, config, SETTINGS, total_steps=10)
             start = steps.initial_state(model, optimizer, config)
-            start = start.replace(params=variables["params"], batch_stats=variables["batch_stats"])
+            start = start.replace(params=variables["params"], batch_stats=variables.get("batch_stats", {}))
         else:
             step, start = steps.make_inference_step(model, make_settings(SETTINGS, refine=True)), variables
         results = []
@@ -201,7 +237,23 @@ def test_eight_devices_do_what_one_does(what):
             with jax.set_mesh(mesh):
                 placed = replicate(mesh, start), shard_batch(mesh, batch), replicate(mesh, resident)
                 results.append(jax.tree.map(np.asarray, jax.jit(lambda *x: step(*x))(*placed)))
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), *results)
+    return model, start, results
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [("c4", "training"), ("vgg", "training"), ("fpn", "training"), ("c4", "inference"), ("fpn", "inference")],
+)
+def test_eight_devices_do_what_one_does(kind, what):
+    _, _, results = on_one_device_and_on_eight(kind, what)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), *results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_changes_all_but_what_is_frozen(kind):
+    model, start, ((state, _), _) = on_one_device_and_on_eight(kind, "training")
+    same = jax.tree.map(lambda old, new: bool((old == new).all()), start.params, state.params)
+    assert same == jax.tree.map(lambda changes: not changes, trained(model, start.params))
 
 
 def test_a_detector_learns_its_picture_and_what_is_frozen_stays(model):

@@ -4,9 +4,11 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from resnet_jax.detection.network import FasterRCNN, initialise
+from resnet_jax.detection.faster_rcnn import FasterRCNN
+from resnet_jax.detection.network import attach, initialise
 from resnet_jax.detection.settings import make_settings
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.models.vgg import VGG
 
 CLASSES = 2
 # Fewer of everything than the paper's, and objects of the tiny pictures' size.
@@ -22,14 +24,22 @@ SETTINGS = make_settings(
 )
 RESIDENT = {"mean": np.full(3, 0.5, np.float32), "std": np.full(3, 0.25, np.float32)}
 
+# What differs between the tiny detectors of each kind, of the config's section ``detection``.
+KINDS = {
+    "c4": {"neck": "c4", "pooled": 6, "anchor_sizes": (16.0, 32.0)},
+    "vgg": {"neck": "c4", "anchor_sizes": (16.0, 32.0)},
+    "fpn": {"neck": "fpn", "anchor_sizes": (8.0, 16.0, 32.0, 64.0, 128.0)},
+}
 
-def tiny_detector(dtype=jnp.float32, freeze_at=1, batch_norm="frozen", **settings) -> FasterRCNN:
-    backbone = ResNet(
-        blocks=(1, 1, 1, 1), widths=(8, 8, 16, 16), stem_width=8, num_classes=3, freeze_at=freeze_at,
-        batch_norm=batch_norm, dtype=dtype,
-    )  # fmt: skip
-    defaults = {"anchor_sizes": (16.0, 32.0), "anchor_ratios": (0.5, 1.0, 2.0), "rpn_width": 16, "pooled": 6}
-    return FasterRCNN(backbone, CLASSES, **(defaults | settings))
+
+def tiny_detector(kind="c4", dtype=jnp.float32, freeze_at=1, batch_norm="frozen", **settings) -> FasterRCNN:
+    shared = {"num_classes": 3, "freeze_at": freeze_at, "batch_norm": batch_norm, "dtype": dtype}
+    if kind == "vgg":
+        network = VGG(blocks=(1, 1, 1, 1, 2), widths=(8, 8, 8, 16, 16), fc_width=24, **shared)
+    else:
+        network = ResNet(blocks=(1, 1, 1, 1), widths=(8, 8, 16, 16), stem_width=8, **shared)
+    model = attach(network, CLASSES, make_settings(rpn_width=16, **(KINDS[kind] | settings)), f"tiny {kind}")
+    return model.clone(width=8, region_width=24) if kind == "fpn" else model
 
 
 def random_variables(model: FasterRCNN):
@@ -68,7 +78,7 @@ def rectangles(count: int, canvas=(64, 80), room: int = 4) -> dict[str, np.ndarr
     return {
         "images": images,
         "extent": np.tile(np.array(canvas, np.int32), (count, 1)),
-        "scale": np.ones(count, np.float32),
+        "scale": np.ones((count, 2), np.float32),
         "boxes": boxes,
         "labels": labels,
         "valid": valid,

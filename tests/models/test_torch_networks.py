@@ -12,7 +12,7 @@ pytestmark = pytest.mark.torch
 import torch_networks  # noqa: E402
 from torch_networks import load_variables, random_variables  # noqa: E402
 
-from resnet_jax.models.layers import BatchNorm  # noqa: E402
+from resnet_jax.models.layers import BatchNorm, GroupNorm  # noqa: E402
 from resnet_jax.models.registry import create_model  # noqa: E402
 from resnet_jax.models.resnet import ResNet  # noqa: E402
 from resnet_jax.models.vgg import VGG  # noqa: E402
@@ -100,6 +100,16 @@ def test_every_stage_of_an_imagenet_network_is_torchs(block, shortcut, size, tra
     assert_same_features(*imagenet_networks(block, shortcut), size, train)
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_last_stage_of_stride_1_is_torchs(block):
+    ours, _, variables = imagenet_networks(block, "B")
+    theirs = torch_networks.ResNet(block, ours.blocks, ours.widths, 10, "B", stem_width=16)
+    for layer in theirs.layer3[0].modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.stride = (1, 1)
+    assert_same_features(ours.clone(last_stride=1), theirs, variables, 65, train=False)
+
+
 @BOTH_MODES
 @pytest.mark.parametrize("size", CIFAR_SIZES)
 @pytest.mark.parametrize(
@@ -134,6 +144,17 @@ def test_batch_norm_of_variances_near_epsilon_is_torchs(train):
     ours, _ = BatchNorm().apply(variables, x, train, mutable=["batch_stats"])
     theirs = norm(channels_first(x)).permute(0, 2, 3, 1).detach().numpy()
     assert difference(np.asarray(ours), theirs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("groups", [1, 4, 12])
+def test_group_norm_is_torchs(groups):
+    rng = np.random.default_rng(0)
+    x = (10 * rng.standard_normal((3, 5, 7, 12)) + rng.uniform(-50, 50, 12)).astype(np.float32)
+    scale, bias = rng.standard_normal((2, 12), np.float32)
+    theirs = torch.nn.functional.group_norm(channels_first(x), groups, torch.tensor(scale), torch.tensor(bias))
+    for train in (False, True):
+        ours = GroupNorm(f"group_norm:{groups}").apply({"params": {"scale": scale, "bias": bias}}, x, train)
+        assert difference(np.asarray(ours), theirs.permute(0, 2, 3, 1).numpy()) <= TOLERANCE
 
 
 @functools.cache

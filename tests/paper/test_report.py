@@ -1,11 +1,8 @@
 """The report: whose figure stands where, what is left empty, and pages that a browser can read."""
 
-from html.parser import HTMLParser
 import json
 import pathlib
 import statistics
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -14,11 +11,12 @@ import pytest
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
+from report_pages import called, report
+
 from resnet_jax import UsageError
 from resnet_jax.classification.predict import imagenet_names
 from resnet_jax.config import flatten, load_config
-from resnet_jax.paper.report import MISSING, write_report
-from resnet_jax.paper.runs import find_runs, read_run
+from resnet_jax.paper.page import MISSING
 from resnet_jax.paper.tables import TABLE_3, TABLE_5, TABLE_6, TABLES
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -42,46 +40,6 @@ def write_run(
     if predictions is not None:
         np.savez(folder / "predictions.npz", **predictions)
     return folder
-
-
-class Tables(HTMLParser):
-    """The cells of every table by its section's heading; also checks that every element is closed."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.tables: dict[str, list[list[str]]] = {}
-        self._open, self._heading = [], ""
-        self.feed(page)
-        assert not self._open
-
-    def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "link", "br", "img"):
-            self._open.append(tag)
-        if tag == "tr":
-            self.tables.setdefault(self._heading, []).append([])
-        if tag in ("td", "th"):
-            self.tables[self._heading][-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        if "h2" in self._open:
-            self._heading = data
-        elif {"td", "th"} & set(self._open):
-            self.tables[self._heading][-1][-1] += data
-
-    def row(self, table: str, name: str) -> dict[str, str]:
-        """A row's cells by the head of their column; the remark's head is empty."""
-        head, *rows = self.tables[table]
-        (found,) = [row for row in rows if row[0] == name]
-        return dict(zip(head[1:], found[1:], strict=True))
-
-
-def report(tmp_path: pathlib.Path, *folders: pathlib.Path) -> Tables:
-    runs = [read_run(folder) for folder in find_runs([str(folder) for folder in folders])]
-    write_report(runs, tmp_path / "out")
-    return Tables((tmp_path / "out" / "report.html").read_text())
 
 
 def test_the_tables_are_those_of_the_paper():
@@ -150,11 +108,20 @@ def test_where_the_images_come_from_is_no_difference_and_a_run_named_twice_count
     assert (row["ours"], row[""]) == ("8.50", "mine/seed_3")
 
 
+def test_a_run_of_before_a_field_came_has_the_field_s_default(tmp_path):
+    run = write_run(tmp_path / "mine", "cifar_20", 8.5, 64_000)
+    values = json.loads((run / "config.json").read_text())
+    for field in ("task", "model.freeze_at", "detection.refine"):
+        del values[field]
+    (run / "config.json").write_text(json.dumps(values))
+    assert report(tmp_path, run).row(TABLE_6.title, "ResNet-20")["ours"] == "8.50"
+
+
 def test_every_row_s_config_is_of_its_network():
     for table in TABLES:
         for row in table.rows:
             if row.config:
-                assert load_config(row.config).model.name in row.models
+                assert row.settings.get("model.name", load_config(row.config).model.name) in row.models
 
 
 def test_several_seeds_are_a_mean_with_its_deviation(tmp_path):
@@ -216,13 +183,6 @@ def test_pictures_are_in_the_page_and_beside_the_markdown_and_take_the_page_s_co
     for number in range(1, 5):
         assert f"figure_{number}.svg" in text
         ElementTree.parse(tmp_path / "out" / f"figure_{number}.svg")
-
-
-def called(*arguments: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
-    root = pathlib.Path(__file__).parents[2]
-    environment = {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "PATH": ""}
-    command = [sys.executable, "-m", "resnet_jax.report", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def test_the_command_writes_both_pages(tmp_path):

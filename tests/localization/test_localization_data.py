@@ -1,0 +1,101 @@
+"""What localization is trained on: images of one class, drawn or chosen."""
+
+import numpy as np
+import pytest
+from tiny_localizer import Made, rectangle
+
+from resnet_jax.config import default_config
+from resnet_jax.data.crops import CenterCrop
+from resnet_jax.data.statistics import IMAGENET_MEAN, IMAGENET_STD
+from resnet_jax.detection import sources
+from resnet_jax.detection.annotations import Annotations, annotated_image
+from resnet_jax.detection.shapes import CLASSES, shapes
+from resnet_jax.errors import UsageError
+from resnet_jax.localization import data
+from resnet_jax.localization.batches import read_content
+from resnet_jax.localization.data import Split, channel_statistics, of_one_class
+from resnet_jax.localization.one_shape import one_shape
+from resnet_jax.localization.settings import Settings, settings_of
+
+
+def test_drawn_pictures_are_those_of_detection_that_show_one_shape():
+    everything, pixels = shapes(24, 3, "test")
+    single = [image for image in everything.images if len(image.boxes) == 1]
+    assert 2 <= len(single) < 24
+    found, drawn = one_shape(len(single), 3, "test")
+    assert found.classes == CLASSES
+    for image, expected in zip(found.images, single, strict=True):
+        assert (image.id, image.path) == (expected.id, expected.path)
+        assert (image.width, image.height) == (expected.width, expected.height)
+        np.testing.assert_array_equal(image.boxes, expected.boxes)
+        np.testing.assert_array_equal(image.labels, expected.labels)
+        np.testing.assert_array_equal(drawn(image), pixels(expected))
+
+
+def test_drawing_names_mistakes():
+    with pytest.raises(UsageError, match="did you mean 'train'"):
+        one_shape(3, 0, "trian")
+    with pytest.raises(UsageError, match="0 pictures"):
+        one_shape(0, 0, "train")
+
+
+def test_an_image_has_the_class_of_its_largest_box():
+    boxes = [(0, 0, 9, 9), (0, 0, 20, 30), (50, 50, 70, 79.9), (0, 0, 90, 90)]
+    crowd = [False, False, False, True]
+    images = (
+        annotated_image(0, "a", 100, 100, boxes, [2, 1, 0, 2], crowd=crowd),
+        annotated_image(1, "b", 100, 100, [], []),
+        annotated_image(2, "c", 100, 100, [(0, 0, 9, 9), (5, 5, 14, 14), (3, 3, 12, 12)], [1, 0, 1]),
+        annotated_image(3, "d", 100, 100, [(0, 0, 9, 9)], [1], crowd=[True]),
+    )
+    found = of_one_class(Annotations(("x", "y", "z"), (1, 2, 3), images))
+    assert [image.id for image in found.images] == [0, 2]
+    assert found.images[0].labels.tolist() == [1] and found.images[0].boxes.tolist() == [[0, 0, 20, 30]]
+    assert found.images[1].labels.tolist() == [1, 1] and len(found.images[1].boxes) == 2
+    with pytest.raises(UsageError, match="none of 2 images has a box"):
+        of_one_class(Annotations(("x", "y", "z"), (1, 2, 3), (images[1], images[3])))
+
+
+def test_splits_are_detection_s_of_one_class_each_and_shapes_are_single(monkeypatch):
+    config = default_config()
+    config.data.source, config.data.shapes = "shapes", (3, 2)
+    found = data.read_splits(config)
+    assert [len(found[name].annotations) for name in ("train", "test")] == [3, 2]
+    assert all(len(image.boxes) == 1 for split in found.values() for image in split.annotations.images)
+    several, pixels = shapes(12, 0, "train")
+    monkeypatch.setattr(
+        data,
+        "read_detection_splits",
+        lambda config: {"train": sources.Split(several), "test": sources.Split(several, pixels)},
+    )
+    config.data.source = "voc"
+    found = data.read_splits(config)
+    assert found["train"].content is read_content and found["test"].content is pixels  # Files stay encoded.
+    for image, whole in zip(found["test"].annotations.images, several.images, strict=True):
+        assert len(set(image.labels.tolist())) == 1 and len(image.boxes) <= len(whole.boxes)
+
+
+def test_the_mean_is_that_of_the_middles():
+    made = Made(rectangle(0, 40, 40, (0, 0, 40, 40)), rectangle(1, 40, 40, (0, 0, 20, 40)))
+    split, section = Split(made.annotations, made.content), default_config().data
+    mean, std = channel_statistics(section, split, CenterCrop(40, 40))
+    np.testing.assert_allclose(mean, [0.75] * 3)
+    np.testing.assert_allclose(std, [0.75**0.5 / 2] * 3, rtol=1e-6)
+    section.mean, section.std = "imagenet", "none"
+    mean, std = channel_statistics(section, split, CenterCrop(40, 40))
+    np.testing.assert_allclose((mean, std), (IMAGENET_MEAN, (1, 1, 1)))
+    section.mean, section.std = "none", "imagenet"
+    np.testing.assert_allclose(channel_statistics(section, split, CenterCrop(40, 40))[1], IMAGENET_STD)
+    section.mean = "pixel"
+    with pytest.raises(UsageError, match=r"data\.mean=pixel: localization looks at images of several sizes"):
+        channel_statistics(section, split, CenterCrop(40, 40))
+
+
+def test_settings_are_the_config_s_section():
+    config = default_config()
+    assert settings_of(config) == Settings() or "localization" in config
+    with config.unlocked():
+        config.localization = {"anchors_sampled": 16}
+    assert settings_of(config).anchors_sampled == 16 and settings_of(config).anchor_high == 0.7
+    with pytest.raises(UsageError, match=r"anchor_low=0\.8 is above"):
+        Settings(anchor_low=0.8)
