@@ -1,6 +1,6 @@
 """Faster R-CNN: images per second, and the time in NMS and in RoI ops, beside torchvision's or NumPy's, in one run.
 
-    python benchmarks/detection.py --image_size=320 --config.model.dtype=float32
+    python benchmarks/detection.py --image_size=320 --batch=1 --seconds=0
     python benchmarks/detection.py --batch=8 --seconds=3 --json=detection.json
     python benchmarks/detection.py --config=detection/voc --config.model.name=resnet18 --config.model.width=0.25
 
@@ -49,7 +49,7 @@ flags.DEFINE_list("peers", [TORCHVISION, NUMPY], "With whom ours is compared, th
 flags.DEFINE_string("json", None, "File that all turns are written to.")
 FLAGS = flags.FLAGS
 
-CLASSES = 80  # COCO's, without background, where the config names no number.
+CLASSES = 80  # COCO's, without background, whatever the config's data have.
 TRUTH = 8  # Annotated boxes an image: COCO has 7.
 CANDIDATES = 400  # Detections an image above the score threshold, of all classes: what a trained network has.
 # Nothing is to be learnt: weights that ran away would change how many proposals there are.
@@ -69,6 +69,7 @@ TORCHVISION_DIFFERS = (
     "it has box codes of the background too (81 classes' for 80)",
     "ours masks the padding of canvases in every layer, and computes the norms of gradients and weights",
     "ours pools every region from every level (shapes are static), it from the region's own",
+    "it runs eagerly; on CPUs its threads wait without spinning (OMP_WAIT_POLICY=PASSIVE, unless that is set)",
     "of random weights no score reaches the threshold: in inference the last NMS has nothing to do in either",
 )
 
@@ -184,6 +185,7 @@ def our_network(config: ml_collections.ConfigDict, scene: Scene) -> dict[str, Ca
 
     from resnet_jax.data.statistics import IMAGENET_MEAN, IMAGENET_STD
     from resnet_jax.detection import steps
+    from resnet_jax.detection.inference import inputs, make_inference_step
     from resnet_jax.detection.settings import make_settings
     from resnet_jax.detection.start import make_model
     from resnet_jax.training.optimizer import make_optimizer
@@ -217,8 +219,8 @@ def our_network(config: ml_collections.ConfigDict, scene: Scene) -> dict[str, Ca
     resident = {"mean": np.array(IMAGENET_MEAN, np.float32), "std": np.array(IMAGENET_STD, np.float32)}
     batch, resident = jax.device_put((batch, resident))
     step = jax.jit(steps.make_train_step(model, optimizer, config, settings, 1000), donate_argnums=0)
-    infer = jax.jit(steps.make_inference_step(model, settings))
-    shown = {name: batch[name] for name in ("images", "extent", "scale")}
+    infer = jax.jit(make_inference_step([model], settings))
+    shown = inputs(batch)
     state = start()
     variables = jax.tree.map(jnp.copy, state.variables)  # The step takes its own away.
 
@@ -228,7 +230,7 @@ def our_network(config: ml_collections.ConfigDict, scene: Scene) -> dict[str, Ca
         return float(metrics["loss"])
 
     def inference() -> int:
-        return int(jax.device_get(infer(variables, shown, resident))["valid"].sum())
+        return int(jax.device_get(infer([variables], shown, [resident]))["valid"].sum())
 
     return {"train": train, "inference": inference}
 
@@ -805,7 +807,7 @@ def table(rows: Sequence[Row], peers: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def versions(peers: Sequence[str], device: str) -> str:
+def versions(peers: Sequence[str]) -> str:
     """Machine, versions, date and load."""
     from importlib import metadata
 
@@ -849,6 +851,8 @@ def choose_peers(backend: str) -> tuple[list[str], str, list[str]]:
 def main(overrides: list[tuple[str, str]]) -> int:
     """Measures and prints the table."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants memory too.
+    # Where cores are shared, torch's threads that spin while they wait make it five times as slow as it is.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = config_lib.load_config(FLAGS.config)
     for name, value in overrides:
         config_lib.override(config, name, value)
@@ -883,11 +887,11 @@ def main(overrides: list[tuple[str, str]]) -> int:
     print(
         f"`{command}`: {config.model.name}, neck {config.detection.neck}, {FLAGS.batch} images of"
         f" {size.size[0]}x{size.size[1]} on {size.canvas[0]}x{size.canvas[1]}; medians of {FLAGS.repeats} turns"
-        f" (least-most).\n{versions(peers, device)}.\n\n{table(rows, peers)}\n"
+        f" (least-most).\n{versions(peers)}.\n\n{table(rows, peers)}\n"
     )
     print("\n".join(f"- {note}" for note in notes))
     if FLAGS.json:
-        content = {"command": command, "versions": versions(peers, device), "notes": notes}
+        content = {"command": command, "versions": versions(peers), "notes": notes}
         content["rows"] = [row._asdict() for row in rows]
         pathlib.Path(FLAGS.json).write_text(json.dumps(content, indent=1) + "\n")
     return 0

@@ -4,7 +4,7 @@ A config file is Python with a ``get_config()`` that starts from ``default_confi
 ``load_config("cifar_20")``) and sets what it needs. ``--config.a.b=value`` overrides a field on the command line.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 import importlib.util
 import math
 import os
@@ -30,6 +30,13 @@ def default_config() -> ml_collections.ConfigDict:
             node = node[section]
         node[name] = field.default
     return config.lock()
+
+
+def make_section(name: str, values: Mapping[str, Any] | None = None, **changes: Any) -> ml_collections.FrozenConfigDict:
+    """A section of a config, or its defaults, with changes; it can't be changed further."""
+    section = ml_collections.ConfigDict(default_config()[name] if values is None else values)
+    section.update(changes)
+    return ml_collections.FrozenConfigDict(section)
 
 
 def describe_fields() -> str:
@@ -172,6 +179,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if bool(config.epochs) == bool(config.steps):
         both = "both are" if config.epochs else "neither is"
         raise UsageError(f"the length of the training is epochs or steps; {both} set")
+    for section in ("detection", "localization"):
+        if config[section].anchor_low > config[section].anchor_high:
+            raise UsageError(f"{section}.anchor_low={config[section].anchor_low} is above {section}.anchor_high")
     if config.optimizer.nesterov and config.optimizer.momentum_style == "caffe":
         raise UsageError("optimizer.nesterov=true goes with optimizer.momentum_style=torch")
     if config.optimizer.name == "lars" and config.optimizer.decay != "kernels":
@@ -185,8 +195,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
 def check_task(config: ml_collections.ConfigDict, names: Collection[str]) -> None:
     """Raises a UsageError for the first of ``names``, set on the command line, that ``config.task`` doesn't read."""
     for field in FIELDS:
-        if field.name in names and field.task not in ("", config.task):
-            raise UsageError(f"--config.{field.name} is a setting of {field.task}, and this is task={config.task}")
+        if field.name in names and field.tasks and config.task not in field.tasks:
+            of = " and ".join(field.tasks)
+            raise UsageError(f"--config.{field.name} is a setting of {of}, and this is task={config.task}")
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:

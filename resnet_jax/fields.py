@@ -38,7 +38,7 @@ class Field:
 
     ``allowed`` is what a value must be beyond its type: a tuple of choices, or a test and what is said when it fails.
     ``recipe`` is whether the field has a part in what is learnt: a run resumes only with the same recipe.
-    ``task`` is the one task that reads the field; empty: all do.
+    ``tasks`` are those that read the field; none: all do.
     """
 
     name: str
@@ -47,25 +47,26 @@ class Field:
     text: str
     allowed: tuple[str, ...] | Limit | None = None
     recipe: bool = True
-    task: str = ""
+    tasks: tuple[str, ...] = ()
 
 
 _FIELDS = (
-    Field("task", "classification", "", "What is learnt: classification, or detection (Faster R-CNN).",
-          ("classification", "detection")),
+    Field("task", "classification", "", "What is learnt: classification; detection (Faster R-CNN); localization (the"
+          " per-class RPN of appendix C).", ("classification", "detection", "localization")),
     Field("model.name", "cifar_resnet20", "", "The network: a name of `python -m resnet_jax.summary`."),
     Field("model.num_classes", 0, "classes", "Length of the logits; 0 takes the data's number of classes.",
           NOT_NEGATIVE),
     Field("model.batch_norm", "global", "", "Examples that share BN statistics: global, per_device or group:N; frozen"
-          " keeps the statistics that the weights came with."),
+          " keeps the statistics that the weights came with; group_norm (of 32 groups of channels) or group_norm:N is"
+          " GroupNorm."),
     Field("model.batch_norm_momentum", 0.9, "", "Share of the running statistics that a step keeps (1 - torch's).",
           SHARE),
     Field("model.dtype", "auto", "", "Compute dtype: auto (bfloat16 on TPU and GPU, else float32), bfloat16,"
           " float32 or float64."),
     Field("model.init_fan", "fan_out", "", "He initialisation by fan_out (fb.resnet.torch) or fan_in (Caffe).",
           ("fan_out", "fan_in")),
-    Field("model.freeze_at", 0, "", "What training leaves as it is: 1 the stem, 2 stage 1 too, ...; 0 nothing (residual"
-          " nets).", NOT_NEGATIVE),
+    Field("model.freeze_at", 0, "", "What training leaves as it is: so many leading parts (the stem, stage 1, ...; VGG:"
+          " its stages); 0 nothing.", NOT_NEGATIVE),
     Field("model.width", 1.0, "", "Channels of a residual net's layers, times the paper's.", POSITIVE),
     Field("model.zero_init_last", False, "", "Start the last BN scale of each block at zero (residual nets)."),
     Field("data.source", "digits", "", "Where images come from: digits, cifar, image_folder, tfds, array_record (what"
@@ -214,6 +215,28 @@ _FIELDS = (
           " its detections are written alone.", recipe=False),
     Field("detection.average_precision", "voc", "", "What `map` is: voc07 (11 points), voc (area under the curve), both"
           " at an IoU of .5, or coco (the mean over .5 to .95).", ("voc07", "voc", "coco"), recipe=False),
+    Field("localization.anchor_sizes", (56, 112, 224), "pixels", "Roots of the anchors' areas, at the network's input;"
+          " the paper says none.", ITERATIONS),
+    Field("localization.anchor_ratios", (0.5, 1.0, 2.0), "", "Their heights over widths.", POSITIVES),
+    Field("localization.rpn_width", 512, "channels", "Of the 3x3 convolution before the sibling outputs.", POSITIVE),
+    Field("localization.anchor_high", 0.7, "", "IoU from which an anchor is positive; each box's best ones are in any"
+          " case.", PART),
+    Field("localization.anchor_low", 0.3, "", "IoU below which it is negative; between the two it is not trained.",
+          SHARE),
+    Field("localization.anchors_sampled", 8, "", "Anchors trained in an image (appendix C).", POSITIVE),
+    Field("localization.anchors_foreground", 0.5, "", "At most this share of them is positive; missing ones are made up"
+          " for by negatives, as in Faster R-CNN.", PART),
+    Field("localization.anchor_beta", 1 / 9, "", "Where the smooth L1 turns linear.", POSITIVE),
+    Field("localization.other_classes", False, "", "Train the other classes' scores too, to say no at every sampled"
+          " anchor."),
+    Field("localization.least_visible", 0.2, "", "The least share of a box, by its area, with which what a crop holds"
+          " of it is trained as an object.", PART),
+    Field("localization.candidates", 20, "", "Boxes of highest score that a class keeps of each view, for voting and to"
+          " combine views.", POSITIVE, recipe=False),
+    Field("localization.voting_iou", 2.0, "", "Boxes of at least this IoU with the best one are averaged with it,"
+          " weighted by score; above 1: the best one alone, the paper's.", POSITIVE, recipe=False),
+    Field("localization.predictions", "", "path", "A classification's predictions.npz of the test set, whose five"
+          " likeliest classes are located; empty: the true class.", recipe=False),
     Field("eval.every", 0, "iterations", "Evaluate so often; 0: only at the end.", NOT_NEGATIVE, recipe=False),
     Field("eval.patience", 0, "evaluations", "Stop after so many without a better error; 0: train to the end.",
           NOT_NEGATIVE, recipe=False),
@@ -244,19 +267,20 @@ _FIELDS = (
           " classes.", ("keep", "replace")),
 )  # fmt: skip
 
-_CLASSIFICATION = (
-    "data.name", "data.holdout", "data.placement", "data.image_size", "data.crop", "data.scales", "data.smallest_area",
-    "data.interpolation", "data.reduced_dct", "data.mean_image", "data.pad", "data.color_noise", "data.cache",
-    "data.cache_gb", "data.cache_dir", "loss.label_smoothing", "optimizer.accumulate", "optimizer.head_rate",
-    "schedule.warmup_error", "eval.resize", "eval.interpolation", "eval.scales",
-)  # fmt: skip
-_DETECTION = ("data.difficult", "data.without_boxes", "data.shapes")
-
-
-def _task(name: str) -> str:
-    if name in _CLASSIFICATION:
-        return "classification"
-    return "detection" if name.startswith("detection.") or name in _DETECTION else ""
-
-
-FIELDS = tuple(dataclasses.replace(field, task=_task(field.name)) for field in _FIELDS)
+# What some tasks alone read; what is not listed all do.
+_OF_TASKS = {
+    ("classification",): (
+        "data.name", "data.holdout", "data.placement", "data.crop", "data.smallest_area", "data.mean_image", "data.pad",
+        "data.cache", "data.cache_gb", "data.cache_dir", "loss.label_smoothing", "optimizer.accumulate",
+        "optimizer.head_rate", "schedule.warmup_error",
+    ),
+    ("classification", "localization"): (
+        "data.image_size", "data.scales", "data.interpolation", "data.reduced_dct", "data.color_noise", "eval.resize",
+        "eval.interpolation", "eval.scales",
+    ),
+    ("detection", "localization"): ("data.difficult", "data.without_boxes", "data.shapes"),
+    ("detection",): tuple(field.name for field in _FIELDS if field.name.startswith("detection.")),
+    ("localization",): tuple(field.name for field in _FIELDS if field.name.startswith("localization.")),
+}  # fmt: skip
+_TASKS = {name: tasks for tasks, names in _OF_TASKS.items() for name in names}
+FIELDS = tuple(dataclasses.replace(field, tasks=_TASKS.get(field.name, ())) for field in _FIELDS)

@@ -17,6 +17,7 @@ from resnet_jax.config import flatten, restore_config
 from resnet_jax.detection.task import Detection
 from resnet_jax.errors import UsageError
 from resnet_jax.fields import FIELDS
+from resnet_jax.localization.task import Localization
 from resnet_jax.locks import lock
 from resnet_jax.output import write_json
 from resnet_jax.pretrained.load import Pretrained
@@ -41,7 +42,7 @@ from resnet_jax.training.workdir import (
     results_folder,
 )
 
-TASKS = {"classification": Classification, "detection": Detection}
+TASKS = {"classification": Classification, "detection": Detection, "localization": Localization}
 CALIBRATED = "calibrated.safetensors"
 
 

@@ -9,9 +9,9 @@ from resnet_jax.models.layers import count_groups
 
 def rate_factors(config: ml_collections.ConfigDict, model: nn.Module) -> dict[str, float]:
     """By what the learning rate of each of the network's modules is multiplied, where that is not 1."""
-    frozen, parts = config.model.freeze_at, ["stem", *(f"stage{i + 1}" for i in range(len(model.blocks)))]
+    frozen, parts = config.model.freeze_at, model.parts
     if frozen > len(parts):
-        raise UsageError(f"model.freeze_at={frozen}: {config.model.name} has a stem and {len(model.blocks)} stages")
+        raise UsageError(f"model.freeze_at={frozen}: {config.model.name} has {len(parts)} parts: {', '.join(parts)}")
     head = {} if config.optimizer.head_rate == 1 else {"head": config.optimizer.head_rate}
     return dict.fromkeys(parts[:frozen], 0.0) | head
 

@@ -217,7 +217,7 @@ class Classification:
         Raises:
           UsageError: the training set is smaller than a batch, or there is no BN.
         """
-        if not state.variables["batch_stats"]:
+        if not state.variables.get("batch_stats"):
             raise UsageError(f"--mode=calibrate: {self.name} has no BN")
         feed, batch = self._feeds["train"], self._config.batch_size
         index = calibrate.whole_batches(feed.examples, batch, self._config.seed)

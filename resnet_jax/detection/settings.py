@@ -4,17 +4,11 @@ Paper, section 4.3 and appendix A; Faster R-CNN, sections 3.1 and 3.3; Fast R-CN
 each of them is.
 """
 
-from typing import Any
+import functools
 
 import ml_collections
 
-from resnet_jax.config import default_config
+from resnet_jax.config import make_section
 
 Settings = ml_collections.FrozenConfigDict
-
-
-def make_settings(section: ml_collections.ConfigDict | Settings | None = None, **changes: Any) -> Settings:
-    """A config's section ``detection``, or the paper's numbers, with changes."""
-    values = default_config().detection if section is None else ml_collections.ConfigDict(section)
-    values.update(changes)
-    return Settings(values)
+make_settings = functools.partial(make_section, "detection")

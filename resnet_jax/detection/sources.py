@@ -38,8 +38,10 @@ def read_splits(config: ml_collections.ConfigDict) -> dict[str, Split]:
     train, test = splits["train"].annotations, splits["test"].annotations
     if (train.classes, train.category_ids) != (test.classes, test.category_ids):
         names = [", ".join(part.classes[:5]) for part in (train, test)]
-        raise UsageError(f"data.dir={data.dir}: the training set has {len(train.classes)} classes ({names[0]}, ...) and"
-                         f" the test set {len(test.classes)} ({names[1]}, ...); list them in data.labels=FILE")  # fmt: skip
+        raise UsageError(
+            f"data.dir={data.dir}: the training set has {len(train.classes)} classes ({names[0]}, ...) and the test set"
+            f" {len(test.classes)} ({names[1]}, ...); list those that count in data.labels=FILE"
+        )
     kept = for_training(train, data.difficult, data.without_boxes)
     return splits | {"train": dataclasses.replace(splits["train"], annotations=kept)}
 

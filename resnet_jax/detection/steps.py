@@ -1,7 +1,7 @@
-"""The jitted steps of detection: joint end-to-end training of RPN and head, and inference."""
+"""The training step of detection: RPN and head jointly, end to end."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -9,15 +9,12 @@ import ml_collections
 import optax
 
 from resnet_jax.data import augment
-from resnet_jax.detection.boxes import at_least_float32
-from resnet_jax.detection.detections import Predictions, best_boxes, detect, predict
-from resnet_jax.detection.faster_rcnn import FasterRCNN, Levels
+from resnet_jax.detection.faster_rcnn import FasterRCNN
 from resnet_jax.detection.losses import head_losses, rpn_losses
 from resnet_jax.detection.network import initialise, trained
 from resnet_jax.detection.per_image import for_each_image
 from resnet_jax.detection.proposals import (
     AnchorSample,
-    Proposals,
     RoISample,
     Truth,
     join,
@@ -161,73 +158,3 @@ def initial_state(
 ) -> TrainState:
     """The state before the first step, from ``config.seed``."""
     return update.initial_state(initialise(model, jax.random.key(config.seed)), optimizer, config.optimizer.ema)
-
-
-def proposals_of(
-    network: FasterRCNN, maps: Levels, map_extents: Levels, extent: jax.Array, settings: Settings
-) -> Proposals:
-    """The proposals of each image in test, [n, P, ...].
-
-    Args:
-      network: bound to its variables.
-      maps: of ``network.features``, as the next.
-      map_extents: likewise.
-      extent: of the images, pixels, int [n, 2].
-      settings: how many proposals, P.
-    """
-    shapes = [features.shape[1:3] for features in maps]
-
-    def propose_in(logits, codes, map_extents, extent) -> Proposals:
-        counts = settings.test_before_nms, settings.test_after_nms
-        return propose(logits, codes, network.grids(shapes, map_extents), extent, *counts, settings)
-
-    return for_each_image(propose_in)(*network.propose(maps), map_extents, extent)
-
-
-def infer(network: FasterRCNN, images: jax.Array, extent: jax.Array, settings: Settings) -> Predictions:
-    """The head's predictions at the proposals: ``model.apply(..., method=infer)``.
-
-    Args:
-      network: bound to its variables.
-      images: normalised [n, H, W, 3].
-      extent: int [n, 2].
-      settings: how many proposals, P; and with ``refine`` their best boxes once more: 2 P regions.
-
-    Returns:
-      ``detections.Predictions`` [n, P or 2 P, classes, ...], before suppression.
-    """
-    maps, map_extents = network.features(images, extent)
-    proposals = proposals_of(network, maps, map_extents, extent, settings)
-
-    def predict_at(rois: jax.Array) -> Predictions:
-        logits, codes = network.classify(maps, map_extents, rois, extent)
-        return jax.vmap(lambda *of_image: predict(*of_image, settings))(logits, codes, rois, proposals.valid, extent)
-
-    predictions = predict_at(proposals.boxes)
-    if not settings.refine:
-        return predictions
-    again = predict_at(jax.vmap(best_boxes)(predictions))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), predictions, again)
-
-
-def make_inference_step(
-    model: FasterRCNN, settings: Settings
-) -> Callable[[dict[str, Any], Batch, Resident], dict[str, jax.Array]]:
-    """Builds ``step(variables, batch, resident)``: the objects found in each image, by falling score.
-
-    A batch has ``images``, ``extent`` and ``scale``: canvas pixels per pixel of the image, float [n], or [n, 2] of
-    height and width (extents are rounded to whole pixels: exact is extent / the image's size). Returned are ``boxes``
-    [n, D, 4] in the image's own pixels, ``scores`` [n, D], ``labels`` int32 [n, D], classes from 0, and ``valid``
-    bool [n, D], False (and all else 0) after the last one; D is ``settings.detections``.
-    """
-
-    def step(variables: dict[str, Any], batch: Batch, resident: Resident) -> dict[str, jax.Array]:
-        images = augment.normalise(batch["images"], resident["mean"], resident["std"])
-        predictions = model.apply(variables, images, batch["extent"], settings, method=infer)
-        found = for_each_image(lambda *of_image: detect(Predictions(*of_image), settings))(*predictions)
-        scale = at_least_float32(batch["scale"]).reshape(len(images), -1)
-        down, across = scale[:, 0], scale[:, -1]
-        scale = jnp.stack([across, down, across, down], axis=-1)[:, None]
-        return {"boxes": found.boxes / scale, "scores": found.scores, "labels": found.labels, "valid": found.valid}
-
-    return step

@@ -18,7 +18,6 @@ from jax import numpy as jnp
 import numpy as np
 
 from resnet_jax.errors import UsageError
-from resnet_jax.localization.settings import Settings
 from resnet_jax.models.layers import storage_dtype
 from resnet_jax.models.padding import inside, masked_padding
 from resnet_jax.models.registry import create_model
@@ -71,16 +70,16 @@ class Localizer(nn.Module):
     Attributes:
       backbone: whose last stage's features are looked at.
       num_classes: how many there are.
-      anchor_sizes: see ``Settings``.
+      anchor_sizes: see ``fields.py``.
       anchor_ratios: likewise.
       rpn_width: likewise.
     """
 
     backbone: ResNet
     num_classes: int
-    anchor_sizes: tuple[float, ...] = Settings.anchor_sizes
-    anchor_ratios: tuple[float, ...] = Settings.anchor_ratios
-    rpn_width: int = Settings.rpn_width
+    anchor_sizes: tuple[float, ...]
+    anchor_ratios: tuple[float, ...]
+    rpn_width: int
 
     @property
     def stride(self) -> int:

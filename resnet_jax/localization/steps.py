@@ -70,7 +70,7 @@ def losses(
     The paper samples as many positives as negatives of an image, lest negatives dominate. If every class learnt from
     every image, one of 1000 would see some 2000 negatives for each positive all the same. So we read that an image
     trains the outputs of its own class: whether an anchor is on the object, given that there is one. The other
-    reading, that all other classes say no besides, is ``Settings.other_classes``.
+    reading, that all other classes say no besides, is ``localization.other_classes``.
 
     Args:
       logits: [N], of the image's class.

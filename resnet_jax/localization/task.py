@@ -21,7 +21,7 @@ from resnet_jax.localization.batches import training_batches
 from resnet_jax.localization.data import Split, channel_statistics, read_splits
 from resnet_jax.localization.metrics import localization_errors, right_guesses
 from resnet_jax.localization.network import create_localizer
-from resnet_jax.localization.settings import settings_of
+from resnet_jax.localization.settings import make_settings
 from resnet_jax.models.layers import storage_dtype
 from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.preprocessing import Preprocessing
@@ -66,7 +66,7 @@ class Localization:
         _check(config)
         distributed.check_batch("batch_size", config.batch_size, mesh)
         self._config, self._mesh = config, mesh
-        self._settings, self._start = settings_of(config), start
+        self._settings, self._start = make_settings(config.localization), start
         self._attributes = start.settings if start else {}
         splits = self._splits = read_splits(config) if splits is None else splits
         self.classes = splits["train"].annotations.classes

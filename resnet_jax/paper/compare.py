@@ -1,6 +1,7 @@
 """A table of the paper's beside our runs: whose figure stands in which row, and what sets the others apart."""
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import pathlib
 import statistics
 
@@ -9,6 +10,7 @@ from resnet_jax.fields import FIELDS
 from resnet_jax.paper.page import MISSING, NONE, Shown, number
 from resnet_jax.paper.runs import Run
 from resnet_jax.paper.tables import AP, AP50, AP50_11_POINT, AP50_AREA, TOP1, TOP5, TOP5_LOCALIZATION, Row, Table
+from resnet_jax.training.results import EVALUATED_WITH
 
 NAMES = {TOP1: "top-1", TOP5: "top-5", AP50_11_POINT: "mAP", AP50_AREA: "mAP", AP50: "mAP@.5", AP: "mAP@[.5,.95]",
          TOP5_LOCALIZATION: "top-5"}  # fmt: skip
@@ -102,6 +104,7 @@ def _difference(value: float, places: int) -> str:
 def _what_differs(row: Row, table: Table, run: Run) -> str:
     """Why a run is not the row's experiment, or has no figure of it; empty where it stands in the row."""
     summary = run.summaries[table.protocol_of(row)]
+    run = dataclasses.replace(run, config=run.config | summary.get(EVALUATED_WITH, {}))
     if run.imported:
         return "by imported weights, evaluated here"
     if table.task == "classification" and run.config["init.weights"]:

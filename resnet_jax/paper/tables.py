@@ -256,7 +256,7 @@ TABLE_7_VOC12 = Table(
 )  # fmt: skip
 _REFINED = {"detection.refine": True}
 _CONTEXT = {"detection.refine": True, "detection.context": True}
-_SCALES = _CONTEXT | {"eval.scales": [200, 400, 600, 800, 1000]}
+_SCALES = _CONTEXT | {"detection.test_scales": [200, 400, 600, 800, 1000]}
 TABLE_9_VAL = Table(
     "Tables 8 and 9: COCO val, trained on train",
     "coco",

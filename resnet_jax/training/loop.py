@@ -12,6 +12,7 @@ import jax
 import ml_collections
 
 from resnet_jax import distributed, peers
+from resnet_jax.config import flatten
 from resnet_jax.errors import UsageError
 from resnet_jax.planning.memory import is_out_of_memory
 from resnet_jax.training.checkpoints import Checkpoints, SaveFailed
@@ -19,12 +20,13 @@ from resnet_jax.training.dispatch import Dispatch
 from resnet_jax.training.metrics import Console, MetricsWriter
 from resnet_jax.training.prefetch import Prefetch
 from resnet_jax.training.record import Diverged, Record
-from resnet_jax.training.results import describe, write_results
+from resnet_jax.training.results import EVALUATED_WITH, describe, write_results
 from resnet_jax.training.signals import Stopped, StopSignal
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Evaluation, Task
 from resnet_jax.training.workdir import CENTER, read_json, results_folder
 
+_OF_EVALUATION = ("eval.resize", "eval.interpolation", "eval.scales", "detection.", "localization.")
 EXIT_DIVERGED = EXIT_NOT_SAVED = 1
 
 
@@ -133,6 +135,11 @@ class Training:
                 return stop.exit_status
         before = read_json(self._workdir / "summary.json")
         summary = before if before and before.get("step") == step else self._summary(step, record)
+        summary.pop(EVALUATED_WITH, None)
+        now, own = flatten(self._config), read_json(self._workdir / "config.json") or {}
+        changed = [field for field in now if field.startswith(_OF_EVALUATION) and now[field] != own.get(field)]
+        if changed:
+            summary[EVALUATED_WITH] = {field: now[field] for field in changed}
         self._report(summary, evaluation, protocol, name)
         return 0
 

@@ -8,7 +8,17 @@ from resnet_jax.buckets import Folder
 from resnet_jax.output import make_folder, write_json, write_whole
 from resnet_jax.training.task import Evaluation
 
-_HEADLINES = {"top1_error": "top1 error", "top5_error": "top5 error", "map": "mAP", "ap50": "AP50"}  # Percentages.
+EVALUATED_WITH = "evaluated_with"  # In a summary: settings of the evaluation that are not the run's own.
+# Percentages that people look for first, and what they call them.
+_HEADLINES = {
+    "top1_error": "top1 error",
+    "top5_error": "top5 error",
+    "map": "mAP",
+    "ap50": "AP50",
+    "top1_localization_error": "top1 localization error",
+    "top5_localization_error": "top5 localization error",
+    "class_given_localization_error": "class given",
+}
 
 
 def write_results(folder: Folder, summary: dict[str, Any], evaluation: Evaluation) -> None:

@@ -4,12 +4,13 @@ import functools
 
 import boxes_by_hand as by_hand
 import jax
+from jax import numpy as jnp
 import numpy as np
 import pytest
 from tiny_detector import CLASSES, RESIDENT, SETTINGS, random_variables, rectangles, tiny_detector
 
 from resnet_jax.data.augment import normalise
-from resnet_jax.detection import detections, steps
+from resnet_jax.detection import detections, inference
 from resnet_jax.detection.settings import make_settings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -72,11 +73,10 @@ def test_refinement_classifies_the_best_class_s_box_of_each_region_once_more():
     model = tiny_detector()
     variables, batch = random_variables(model), rectangles(2)
     images = normalise(batch["images"], RESIDENT["mean"], RESIDENT["std"])
+    members = [inference.Member(model, variables)]
+    views = [inference.View(images, jnp.asarray(batch["extent"]))]
     infer = jax.jit(
-        lambda refine: model.apply(
-            variables, images, batch["extent"], make_settings(SETTINGS, refine=refine), method=steps.infer
-        ),
-        static_argnums=0,
+        lambda refine: inference.infer(members, views, [[]], make_settings(SETTINGS, refine=refine)), static_argnums=0
     )
     once, twice = infer(False), infer(True)
     assert once.boxes.shape == (2, 16, CLASSES, 4) and twice.boxes.shape == (2, 32, CLASSES, 4)

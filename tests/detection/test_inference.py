@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 FINDS = make_settings(SETTINGS, score_threshold=0.2)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["", "context"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "context"])
 def member(request) -> Member:
     model = tiny_detector(context=request.param)
     return Member(model, random_variables(model))
@@ -111,7 +111,8 @@ def test_a_region_is_the_maximum_of_what_two_scales_show_of_it(member, monkeypat
         down, across = np.asarray(views[number].extent[0]) / np.asarray(base.extent[0])
         there = regions[:, region : region + 1] * np.array([across, down, across, down], np.float32)
         levels, level_extents, extent = maps[number]
-        return np.asarray(member.call("region_features", member.call("pool", levels, level_extents, there, extent)))[0, 0]
+        pooled = member.call("pool", levels, level_extents, there, extent)
+        return np.asarray(member.call("region_features", pooled))[0, 0]
 
     width = alone(0, 0).shape[0] // (2 if member.model.context else 1)  # Behind them stands the whole image.
     for region, (one, other) in enumerate([(0, 1), (1, 2)]):

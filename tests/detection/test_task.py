@@ -71,6 +71,7 @@ def leaves(workdir: pathlib.Path) -> list[np.ndarray]:
     return jax.tree.leaves(load_run_weights(str(workdir)))
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_found_in_every_picture(trained):
     found, test = summary(trained), read_splits(settings())["test"].annotations
     assert found["examples"] == 10 and found["step"] == 4 and found["model"] == "tiny (c4)"
@@ -99,6 +100,7 @@ def test_a_run_says_what_it_found_in_every_picture(trained):
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_the_run_that_never_stopped(trained, tmp_path):
     workdir = tmp_path / "run"
     assert run_task(settings(schedule__name="constant", steps="2"), workdir, "train") == 0
@@ -110,6 +112,7 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(trained, tmp_path):
         assert all(np.isfinite(array).all() for array in changed)
 
 
+@pytest.mark.slow
 def test_evaluation_again_gives_the_same_and_other_thresholds_may_be_asked_for(trained, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
@@ -120,6 +123,7 @@ def test_evaluation_again_gives_the_same_and_other_thresholds_may_be_asked_for(t
     assert summary(workdir)["detections"] == 20 < before["detections"]
 
 
+@pytest.mark.slow
 def test_predictions_are_what_evaluation_found(trained):
     config, weights = settings(), read_weights(str(trained), None, ("detection",))[1]
     pictures, pixels = pictures_of_the_test_set(config, 6)
@@ -130,6 +134,7 @@ def test_predictions_are_what_evaluation_found(trained):
         np.testing.assert_array_equal(found.objects.labels, other.labels)
 
 
+@pytest.mark.slow
 def test_files_are_looked_at_upright(trained, tmp_path):
     config, weights = settings(), read_weights(str(trained), None, ("detection",))[1]
     pictures, pixels = pictures_of_the_test_set(config, 1)
@@ -146,6 +151,7 @@ def test_files_are_looked_at_upright(trained, tmp_path):
     assert one.name == files[0]
 
 
+@pytest.mark.slow
 def test_a_classifiers_layers_are_the_backbone_and_a_detectors_everything(trained, tmp_path):
     classifier = load_config("digits_20")
     for name, value in {"model.name": "tiny", "data.source": "image_folder", "steps": "1"}.items():
@@ -219,9 +225,8 @@ def test_mistakes_are_one_line_before_anything_is_written(message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_weights_of_other_classes_or_another_task_are_refused(trained, tmp_path):
-    names = tmp_path / "names.txt"
-    names.write_text("RBC\nWBC\n")
     config = load_config("digits_20")
     config.init.weights = str(trained)
     config.model.name = "tiny"

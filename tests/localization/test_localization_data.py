@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiny_localizer import Made, rectangle
 
-from resnet_jax.config import default_config
+from resnet_jax.config import default_config, validate
 from resnet_jax.data.crops import CenterCrop
 from resnet_jax.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from resnet_jax.detection import sources
@@ -15,7 +15,7 @@ from resnet_jax.localization import data
 from resnet_jax.localization.batches import read_content
 from resnet_jax.localization.data import Split, channel_statistics, of_one_class
 from resnet_jax.localization.one_shape import one_shape
-from resnet_jax.localization.settings import Settings, settings_of
+from resnet_jax.localization.settings import make_settings
 
 
 def test_drawn_pictures_are_those_of_detection_that_show_one_shape():
@@ -93,9 +93,9 @@ def test_the_mean_is_that_of_the_middles():
 
 def test_settings_are_the_config_s_section():
     config = default_config()
-    assert settings_of(config) == Settings() or "localization" in config
-    with config.unlocked():
-        config.localization = {"anchors_sampled": 16}
-    assert settings_of(config).anchors_sampled == 16 and settings_of(config).anchor_high == 0.7
-    with pytest.raises(UsageError, match=r"anchor_low=0\.8 is above"):
-        Settings(anchor_low=0.8)
+    config.localization.anchors_sampled = 16
+    settings = make_settings(config.localization, candidates=3)
+    assert (settings.anchors_sampled, settings.candidates, settings.anchor_high) == (16, 3, 0.7)
+    config.localization.anchor_low, config.steps = 0.8, 1
+    with pytest.raises(UsageError, match=r"localization\.anchor_low=0\.8 is above"):
+        validate(config)

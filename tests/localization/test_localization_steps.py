@@ -1,7 +1,5 @@
 """The steps of localization against their definition in float64 NumPy."""
 
-import dataclasses
-
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -12,6 +10,7 @@ from resnet_jax.config import default_config
 from resnet_jax.distributed import batch_sharding, make_mesh, replicated
 from resnet_jax.localization import steps
 from resnet_jax.localization.metrics import overlaps
+from resnet_jax.localization.settings import make_settings
 from resnet_jax.training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -83,7 +82,7 @@ def draw(anchors, boxes, valid=None, partial=None, seed=0, **changes):
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     valid = np.ones(len(boxes), bool) if valid is None else np.array(valid)
     partial = np.zeros(len(boxes), bool) if partial is None else np.array(partial)
-    settings = dataclasses.replace(SETTINGS, **changes)
+    settings = make_settings(SETTINGS, **changes)
     return steps.sample_anchors(jax.random.key(seed), anchors, boxes, valid, partial, settings)
 
 
@@ -135,7 +134,7 @@ def test_targets_are_the_codes_of_the_box_that_is_overlapped_most(anchors):
 def test_the_losses_are_those_of_the_definition(model, losses, all_outputs, other_classes):
     batch = training_batch(3)
     batch["valid"][2] = False
-    settings = dataclasses.replace(SETTINGS, other_classes=other_classes)
+    settings = make_settings(SETTINGS, other_classes=other_classes)
     found, _ = losses(batch, settings)
     logits, codes = all_outputs(batch)
     anchors = model.anchors(3, 3)
@@ -164,7 +163,7 @@ def test_the_losses_are_those_of_the_definition(model, losses, all_outputs, othe
 def test_an_image_trains_the_regressors_of_its_own_class_alone(losses, other_classes):
     batch = training_batch(3)
     batch["labels"][:] = 0, 2, 0
-    _, grads = losses(batch, dataclasses.replace(SETTINGS, other_classes=other_classes))
+    _, grads = losses(batch, make_settings(SETTINGS, other_classes=other_classes))
     touched = {name: np.asarray(grads["rpn"][name]["kernel"]).any((1, 2)).tolist() for name in ("scores", "boxes")}
     assert touched == {"scores": [True, other_classes, True], "boxes": [True, False, True]}
 
@@ -205,7 +204,7 @@ def test_inference_gives_the_likeliest_boxes_of_each_class_in_the_image_s_pixels
 
 
 def test_where_there_are_fewer_anchors_than_candidates_the_rest_is_empty(model, variables):
-    step = jax.jit(steps.make_inference_step(model, dataclasses.replace(SETTINGS, candidates=20)))
+    step = jax.jit(steps.make_inference_step(model, make_settings(SETTINGS, candidates=20)))
     batch = {
         "images": np.full((1, 96, 96, 3), 255, np.uint8),
         "extent": np.array([[32, 96]], np.int32),  # A row of 3 cells: 12 anchors.

@@ -14,7 +14,6 @@ from resnet_jax.distributed import make_mesh
 from resnet_jax.errors import UsageError
 from resnet_jax.localization.data import Split
 from resnet_jax.localization.one_shape import one_shape
-from resnet_jax.localization.settings import Settings
 from resnet_jax.localization.task import Localization
 from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
@@ -34,8 +33,7 @@ def tiny(monkeypatch, train: int, test: int, widths=(4, 8), crop=48, **settings)
     config.eval.resize, config.eval.scales = crop * 7 // 6, (crop * 7 // 6,)
     config.schedule.name, config.log.tensorboard = "cosine", False
     given = {"anchor_sizes": (0.3 * crop, 0.6 * crop), "anchor_ratios": (1.0,), "rpn_width": 32} | settings
-    with config.unlocked():
-        config.localization = dataclasses.asdict(Settings(**given))
+    config.localization.update(given)
     return config, {name: Split(*one_shape(count, 0, name)) for name, count in (("train", train), ("test", test))}
 
 

@@ -6,11 +6,11 @@ import numpy as np
 
 from resnet_jax.detection.annotations import Annotations, annotated_image
 from resnet_jax.localization.network import Localizer, initialise
-from resnet_jax.localization.settings import Settings
+from resnet_jax.localization.settings import make_settings
 from resnet_jax.models.resnet import ResNet
 
 CLASSES = 3
-SETTINGS = Settings(anchor_sizes=(24.0, 48.0), anchor_ratios=(0.5, 1.0), rpn_width=16, candidates=6)
+SETTINGS = make_settings(anchor_sizes=(24, 48), anchor_ratios=(0.5, 1.0), rpn_width=16, candidates=6)
 RESIDENT = {"mean": np.full(3, 0.5, np.float32), "std": np.full(3, 0.25, np.float32)}
 
 

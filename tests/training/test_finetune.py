@@ -143,7 +143,7 @@ def test_other_classes_need_a_new_head_and_a_new_head_needs_weights(pretrained, 
         run_task(settings(folder, pretrained, **{"init.head": "keep"}), tmp_path / "run", "train")
     with pytest.raises(UsageError, match=r"init\.head=replace goes with init\.weights"):
         run_task(settings(folder, ""), tmp_path / "run", "train")
-    with pytest.raises(UsageError, match="freeze_at=4: tiny has a stem and 2 stages"):
+    with pytest.raises(UsageError, match="freeze_at=4: tiny has 3 parts: stem, stage1, stage2"):
         run_task(settings(folder, pretrained, **{"model.freeze_at": 4}), tmp_path / "run", "train")
     assert not (tmp_path / "run").exists()
 
