@@ -18,6 +18,7 @@ from jax import numpy as jnp
 import numpy as np
 
 from resnet_jax.errors import UsageError
+from resnet_jax.localization.settings import Settings
 from resnet_jax.models.layers import storage_dtype
 from resnet_jax.models.padding import inside, masked_padding
 from resnet_jax.models.registry import create_model
@@ -150,32 +151,33 @@ class Localizer(nn.Module):
 def create_localizer(
     name: str,
     num_classes: int,
+    settings: Settings,
     dtype: str = "auto",
     batch_norm: str = "global",
     freeze_at: int = 0,
-    backbone: dict[str, Any] | None = None,
-    **settings: Any,
+    **backbone: Any,
 ) -> Localizer:
     """Builds a localizer by its backbone's name.
 
     Args:
       name: a residual network of ``models.registry``.
       num_classes: how many there are.
+      settings: the anchors and the RPN's width.
       dtype: compute dtype, as of ``create_model``.
       batch_norm: as of ``ResNet``; the paper says only for detection that it is frozen (appendix A).
       freeze_at: as of ``ResNet``.
-      backbone: other attributes of ``ResNet``.
-      **settings: other attributes of ``Localizer``.
+      **backbone: other attributes of ``ResNet``.
 
     Raises:
       UsageError: unknown name or value, or a network that is not residual.
     """
-    network = create_model(name, dtype=dtype, batch_norm=batch_norm, **(backbone or {}))
+    network = create_model(name, dtype=dtype, batch_norm=batch_norm, **backbone)
     if not isinstance(network, ResNet):
         raise UsageError(f"model {name!r} cannot localize: a ResNet can")
-    if not 0 <= freeze_at <= len(network.blocks) + 1:
-        raise UsageError(f"freeze_at={freeze_at}: {name} has a stem and {len(network.blocks)} stages")
-    return Localizer(network.clone(freeze_at=freeze_at), num_classes, **settings)
+    if freeze_at > len(network.parts):
+        raise UsageError(f"model.freeze_at={freeze_at}: {name} has {len(network.parts)} parts")
+    anchors = settings.anchor_sizes, settings.anchor_ratios
+    return Localizer(network.clone(freeze_at=freeze_at), num_classes, *anchors, settings.rpn_width)
 
 
 def initialise(model: Localizer, key: jax.Array) -> dict[str, Any]:

@@ -78,8 +78,7 @@ class Localization:
             )
         backbone = model_settings(config.model) | self._attributes
         own = {name: backbone.pop(name) for name in ("name", "dtype", "batch_norm", "freeze_at") if name in backbone}
-        numbers = {name: getattr(self._settings, name) for name in ("anchor_sizes", "anchor_ratios", "rpn_width")}
-        self.model = create_localizer(num_classes=len(self.classes), backbone=backbone, **own, **numbers)
+        self.model = create_localizer(num_classes=len(self.classes), settings=self._settings, **own, **backbone)
         self._optimizer = make_optimizer(config.optimizer)
         shapes = jax.eval_shape(self._new_state)
         self._weights = self._given_weights(shapes)

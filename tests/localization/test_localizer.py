@@ -8,6 +8,7 @@ from tiny_localizer import CLASSES, SETTINGS, random_variables, tiny_localizer
 
 from resnet_jax.errors import UsageError
 from resnet_jax.localization.network import PerClass, create_localizer, initialise, trained
+from resnet_jax.localization.settings import make_settings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PER_CELL = 4
@@ -87,7 +88,7 @@ def test_what_is_beyond_an_image_on_its_canvas_changes_nothing(model, variables)
 
 
 def test_the_paper_s_network_has_1000_outputs_and_4000_for_each_anchor():
-    model = create_localizer("resnet101", 1000)
+    model = create_localizer("resnet101", 1000, make_settings())
     shapes = jax.eval_shape(lambda key: initialise(model, key), jax.random.key(0))["params"]
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     assert count(shapes["backbone"]) == 44_549_160 - (2048 * 1000 + 1000)  # torchvision's, less its classifier.
@@ -110,6 +111,6 @@ def test_frozen_parts_are_not_trained():
 
 def test_mistakes_are_named():
     with pytest.raises(UsageError, match="'vgg16' cannot localize: a ResNet can"):
-        create_localizer("vgg16", 3)
-    with pytest.raises(UsageError, match="freeze_at=6: resnet18 has a stem and 4 stages"):
-        create_localizer("resnet18", 3, freeze_at=6)
+        create_localizer("vgg16", 3, make_settings())
+    with pytest.raises(UsageError, match="freeze_at=6: resnet18 has 5 parts"):
+        create_localizer("resnet18", 3, make_settings(), freeze_at=6)
