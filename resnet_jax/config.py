@@ -192,10 +192,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UsageError("schedule.name=plateau looks at evaluations: set eval.every")
 
 
+def reads(config: ml_collections.ConfigDict, name: str) -> bool:
+    """Whether ``config.task`` reads a field."""
+    tasks = next(field.tasks for field in FIELDS if field.name == name)
+    return not tasks or config.task in tasks
+
+
 def check_task(config: ml_collections.ConfigDict, names: Collection[str]) -> None:
     """Raises a UsageError for the first of ``names``, set on the command line, that ``config.task`` doesn't read."""
     for field in FIELDS:
-        if field.name in names and field.tasks and config.task not in field.tasks:
+        if field.name in names and not reads(config, field.name):
             of = " and ".join(field.tasks)
             raise UsageError(f"--config.{field.name} is a setting of {of}, and this is task={config.task}")
 

@@ -18,7 +18,7 @@ from absl import flags
 from resnet_jax import cli
 from resnet_jax.buckets import is_folder, open_folder
 from resnet_jax.errors import UsageError
-from resnet_jax.output import write_whole
+from resnet_jax.output import write_files, write_whole
 
 flags.DEFINE_list("runs", None, "Work directories, or .npz files of predictions, separated by commas.")
 flags.DEFINE_enum(
@@ -28,7 +28,9 @@ flags.DEFINE_bool("evaluate", False, "Evaluate the runs that have no such predic
 flags.DEFINE_float(
     "select", 0.0, "Choose members on this share of the examples and judge them on the rest; 0: take all."
 )
-flags.DEFINE_string("output", None, "Write the ensemble's predictions to this .npz.")
+flags.DEFINE_string(
+    "output", None, "Write the ensemble's predictions to this .npz; of detectors its result files to this folder."
+)
 flags.DEFINE_bool("json", False, "Print one JSON object.")
 FLAGS = flags.FLAGS
 
@@ -39,17 +41,15 @@ def main(overrides: list[tuple[str, str]]) -> int:
         raise UsageError(f"--config.{overrides[0][0]} is no setting of ensemble; --help lists them")
     if not 0 <= FLAGS.select < 1:
         raise UsageError(f"--select={FLAGS.select} is a share of the examples: at least 0 and below 1")
-    if FLAGS.output and not FLAGS.output.endswith(".npz"):
-        raise UsageError(f"--output={FLAGS.output}: the file's name ends in .npz")
-
-    output = pathlib.Path(FLAGS.output).expanduser() if FLAGS.output else None
-    if output and not output.absolute().parent.is_dir():
-        raise UsageError(f"--output={FLAGS.output}: no folder {output.absolute().parent}")
-
     from resnet_jax.paper.runs import seeds_of
 
     runs = [str(found) for run in FLAGS.runs for found in ([run] if run.endswith(".npz") else seeds_of(run))]
-    return _detect(runs) if _are_detectors(runs) else _classify(runs, output)
+    detectors, output = _are_detectors(runs), pathlib.Path(FLAGS.output).expanduser() if FLAGS.output else None
+    if output and not detectors and output.suffix != ".npz":
+        raise UsageError(f"--output={FLAGS.output}: the file's name ends in .npz")
+    if output and not output.absolute().parent.is_dir():
+        raise UsageError(f"--output={FLAGS.output}: no folder {output.absolute().parent}")
+    return _detect(runs, output) if detectors else _classify(runs, output)
 
 
 def _are_detectors(runs: list[str]) -> bool:
@@ -59,8 +59,8 @@ def _are_detectors(runs: list[str]) -> bool:
     return any(read_config(folder)[0].task == "detection" for folder in folders if is_folder(folder))
 
 
-def _detect(runs: list[str]) -> int:
-    for flag in ("evaluate", "select", "output"):
+def _detect(runs: list[str], output: pathlib.Path | None) -> int:
+    for flag in ("evaluate", "select"):
         if FLAGS[flag].present:
             raise UsageError(f"--{flag} is for classifiers, and these are detectors")
     if FLAGS.protocol not in ("center", "multi_scale"):
@@ -77,9 +77,12 @@ def _detect(runs: list[str]) -> int:
         found = {}
         for number, run in enumerate([*runs, f"ensemble of {len(runs)}"]):
             chosen = slice(number, number + 1) if number < len(runs) else slice(None)
-            found[run] = ensemble.evaluate(tasks[chosen], states[chosen], FLAGS.protocol)
+            found[run], files = ensemble.evaluate(tasks[chosen], states[chosen], FLAGS.protocol)
             if not FLAGS.json:
                 print(f"{run}: {describe(found[run])}", flush=True)
+    if output:  # The ensemble's: it came last.
+        write_files(output, files)
+        print(f"wrote {output}", file=sys.stderr)
     if FLAGS.json:
         print(json.dumps({"members": {run: found[run] for run in runs}, "ensemble": found[f"ensemble of {len(runs)}"]}))
     return 0

@@ -24,6 +24,7 @@ SCALES = Limit(
     lambda sides: len(sides) > 1 and min(sides) > 0 and list(sides) == sorted(set(sides)),
     "must be two whole numbers or more, rising",
 )
+STRIDES = Limit(lambda value: value in (1, 2), "must be 1 or 2")
 TWO = Limit(lambda values: len(values) == 2 and min(values) > 0, "must be two whole numbers above zero")
 POSITIVES = Limit(lambda values: values and all(value > 0 for value in values), "must be numbers above zero")
 FOUR_POSITIVES = Limit(
@@ -116,7 +117,8 @@ _FIELDS = (
           ("none", "memory"), recipe=False),
     Field("data.cache_gb", 8.0, "GB", "Most that data.cache=memory takes.", NOT_NEGATIVE, recipe=False),
     Field("data.on_error", "raise", "", "An image that can't be read: raise stops there and names it; skip leaves it"
-          " out, counts it, and lets training see the next image in its place.", ("raise", "skip"), recipe=False),
+          " out, counts it, and lets training see the next image in its place. Detection skips boxes that can't be"
+          " used; an image that can't be read ends the run.", ("raise", "skip"), recipe=False),
     Field("data.cache_dir", "", "path", "Where decoded and downloaded data is kept; empty: ~/.cache/resnet_jax.",
           recipe=False),
     Field("batch_size", 128, "images", "Images a step over all devices together.", POSITIVE),
@@ -166,8 +168,10 @@ _FIELDS = (
           " last are shared, which looks at each region; for vgg16 fc6 and fc7 do), or fpn.", ("c4", "fpn")),
     Field("detection.roi", "align", "", "How a region is brought to a fixed size: align (RoIAlign) or pool (RoI"
           " pooling, quantised, the paper's).", ("align", "pool")),
-    Field("detection.pooled", 0, "cells", "Side of that size. 0: 14 before a c4's last stage, which halves it (7"
-          " keeps that stage's stride at 1, the paper's other reading), 7 elsewhere.", NOT_NEGATIVE),
+    Field("detection.pooled", 0, "cells", "Side of that size; 0: 7, before a c4's last stage times its stride.",
+          NOT_NEGATIVE),
+    Field("detection.last_stride", 2, "", "Stride of a c4's last stage on regions: 2, from 14 to 7 cells (detectron2),"
+          " or 1, the paper's other reading. Necks without such a stage take 1.", STRIDES),
     Field("detection.anchor_sizes", (128, 256, 512), "pixels", "Roots of the anchors' areas; the paper adds 64 for"
           " COCO. With fpn one for each level, from P2 on.", ITERATIONS),
     Field("detection.anchor_ratios", (0.5, 1.0, 2.0), "", "Their heights over widths.", POSITIVES),
@@ -188,8 +192,10 @@ _FIELDS = (
     Field("detection.train_before_nms", 12000, "", "Proposals of highest objectness that NMS sees in training (with fpn"
           " of each level).", POSITIVE),
     Field("detection.train_after_nms", 2000, "", "Proposals that are left, from which RoIs are drawn.", POSITIVE),
-    Field("detection.test_before_nms", 6000, "", "The same in test: those that NMS sees.", POSITIVE),
-    Field("detection.test_after_nms", 300, "", "The same in test: those that are left.", POSITIVE),
+    Field("detection.test_before_nms", 6000, "", "The same in test: those that NMS sees.", POSITIVE,
+          recipe=False),
+    Field("detection.test_after_nms", 300, "", "The same in test: those that are left.", POSITIVE,
+          recipe=False),
     Field("detection.proposal_side", 0.0, "pixels", "Proposals with a shorter side are dropped; 0 as in detectron2;"
           " py-faster-rcnn took 16 pixels of the image.", NOT_NEGATIVE),
     Field("detection.roi_high", 0.5, "", "IoU from which an RoI is foreground, below which it is background.", PART),
@@ -210,7 +216,10 @@ _FIELDS = (
     Field("detection.voting_iou", 0.5, "", "With refine, detections of a class vote on where a box is from this IoU"
           " on; above 1: no voting.", POSITIVE, recipe=False),
     Field("detection.test_scales", (200, 400, 600, 800, 1000), "pixels", "eval.protocol=multi_scale: shorter sides, of"
-          " which each region is looked at in the two that bring its side closest to 224.", SCALES, recipe=False),
+          " which each region is looked at in the two that bring its side closest to detection.test_side.", SCALES,
+          recipe=False),
+    Field("detection.test_side", 224, "pixels", "eval.protocol=multi_scale: the root of a region's area at which it is"
+          " best looked at; what the backbone was trained on.", POSITIVE, recipe=False),
     Field("detection.labelled", True, "", "Whether the test set's boxes are known; if not (12_test, COCO's test-dev),"
           " its detections are written alone.", recipe=False),
     Field("detection.average_precision", "voc", "", "What `map` is: voc07 (11 points), voc (area under the curve), both"
@@ -284,3 +293,8 @@ _OF_TASKS = {
 }  # fmt: skip
 _TASKS = {name: tasks for tasks, names in _OF_TASKS.items() for name in names}
 FIELDS = tuple(dataclasses.replace(field, tasks=_TASKS.get(field.name, ())) for field in _FIELDS)
+# What decides an evaluation's figures without being learnt.
+OF_EVALUATION = tuple(
+    field.name for field in FIELDS if not field.recipe
+    and field.name.startswith(("eval.resize", "eval.interpolation", "eval.scales", "detection.", "localization."))
+)  # fmt: skip

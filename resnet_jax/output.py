@@ -1,6 +1,6 @@
 """Files that are written whole or not at all, on this machine or in a bucket."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import errno
 import io
 import json
@@ -45,6 +45,17 @@ def write_json(path: buckets.Folder, value: Any) -> None:
     """
     content = (json.dumps(value, indent=2) + "\n").encode()
     write_whole(path, lambda file: file.write(content))
+
+
+def write_files(folder: buckets.Folder, files: Mapping[str, bytes]) -> None:
+    """Writes files, by their names below ``folder``, and makes the folders.
+
+    Raises:
+      UsageError: they can't be written.
+    """
+    for name, content in files.items():
+        make_folder((folder / name).parent)
+        write_whole(folder / name, lambda file, content=content: file.write(content))
 
 
 def make_folder(folder: buckets.Folder, name: str = "") -> None:

@@ -84,18 +84,26 @@ def _find_objects(images: list[str]) -> int:
     else:
         pictures, pixels = predict_lib.test_pictures(config, FLAGS.limit)
     print(f"{model}, {len(pictures)} images{'' if images else ' of its test set'}", file=sys.stderr, flush=True)
-    for number, found in enumerate(predict_lib.predict(config, weights, pictures, pixels, FLAGS.batch or 4)):
-        found = found.above(FLAGS.threshold)
+    for number, whole in enumerate(predict_lib.predict(config, weights, pictures, pixels, FLAGS.batch or 4)):
+        found = whole.above(FLAGS.threshold)
         said = predict_lib.as_json(found, weights.classes)
         if FLAGS.json:
             print(json.dumps(said), flush=True)
         else:
             listed = [f"{100 * one['score']:.1f}% {one['class']} {_rounded(one['box'])}" for one in said["objects"]]
-            print(f"{found.name}: {', '.join(listed) or 'nothing'}", flush=True)
+            print(f"{found.name}: {', '.join(listed) or _nothing(whole, weights.classes)}", flush=True)
         if output:
             drawn = Image.fromarray(predict_lib.draw(found, weights.classes))
             _save_picture(output, number, found.name, drawn)
     return 0
+
+
+def _nothing(found: Any, classes: tuple[str, ...]) -> str:
+    """What is said of a picture in which nothing is sure enough; objects come by falling score."""
+    if not len(found.objects):
+        return "nothing"
+    surest = f"{100 * found.objects.scores[0]:.0f}% {classes[found.objects.labels[0]]}"
+    return f"nothing of {100 * FLAGS.threshold:.0f}% or more (the surest: {surest}; --threshold)"
 
 
 def _rounded(box: list[float]) -> str:

@@ -13,6 +13,7 @@ def get_config():
     config = default_config()
     config.task = "detection"
     config.model.name = "resnet18"
+    config.model.batch_norm = "group_norm"
     config.data.source = "voc"
     config.data.train_split = "trainval"
     config.data.test_split = "test"
@@ -38,6 +39,8 @@ def get_config():
     config.detection.train_after_nms = 500
     config.detection.test_before_nms = 2000
     config.eval.every = 1000
+    config.detection.test_scales = (320, 480, 640)
+    config.detection.test_side = 128
     config.eval.batch_size = 8
     config.log.every = 20
     return config

@@ -3,7 +3,7 @@
     python -m resnet_jax.main --config=detection/coco_fpn --config.data.dir=COCO \
       --config.init.weights=resnet50.safetensors
 
-16 images a step, 90,000 steps, shorter sides from 640 to 800.
+16 images a step, 90,000 steps, shorter sides from 640 to 800; not yet trained here.
 """
 
 from resnet_jax.config import load_config
@@ -26,6 +26,7 @@ def get_config():
     config.detection.detection_nms = 0.5
     config.detection.shorter = (640, 672, 704, 736, 768, 800)
     config.detection.longer = 1333
+    config.optimizer.weight_decay = 1e-4
     config.batch_size = 16
     config.steps = 90_000
     config.schedule.learning_rate = 0.02

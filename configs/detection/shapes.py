@@ -1,7 +1,9 @@
 """Faster R-CNN on drawn shapes, from scratch: the quick start of detection. Nothing is downloaded.
 
     python -m resnet_jax.main --config=detection/shapes
-    python -m resnet_jax.predict --workdir=runs/shapes --output=found shapes/
+    python -m resnet_jax.predict --workdir=runs/shapes --output=found
+
+SHAPES_COST
 """
 
 from resnet_jax.config import default_config
@@ -12,16 +14,17 @@ def get_config():
     config.task = "detection"
     config.model.name = "resnet18"
     config.model.width = 0.5
+    config.model.batch_norm = "group_norm"
     config.data.source = "shapes"
     config.data.mean = "imagenet"
     config.data.std = "imagenet"
     config.data.flip = True
     config.batch_size = 8
-    config.steps = 800
+    config.steps = 1200
     config.optimizer.weight_decay = 1e-4
     config.optimizer.clip_norm = 10.0
     config.schedule.name = "cosine"
-    config.schedule.learning_rate = 0.02
+    config.schedule.learning_rate = 0.03
     config.schedule.warmup_steps = 100
     config.detection.shorter = (128,)
     config.detection.longer = 160
@@ -36,6 +39,8 @@ def get_config():
     config.detection.test_before_nms = 400
     config.detection.test_after_nms = 50
     config.detection.detections = 20
+    config.detection.test_scales = (96, 128, 192)
+    config.detection.test_side = 48
     config.eval.batch_size = 20
     config.log.every = 20
     return config

@@ -2,9 +2,10 @@
 
     python -m resnet_jax.main --config=detection/voc --config.data.dir=VOCdevkit --config.init.weights=resnet101.safetensors
 
-The paper: 76.4% mAP (Table 7; VGG-16 73.2%). Its 4-step alternation is joint training here, as in the public codes:
-80,000 steps at 0.001 and 30,000 at 0.0001 are py-faster-rcnn's. --config.model.name=vgg16 is the baseline,
---config.data.train_split=07++12 --config.data.test_split=12_test --config.detection.labelled=false the paper's VOC12.
+The paper: 76.4% mAP (Table 7; VGG-16 73.2%), not yet trained here. Its rate drops from 0.001 to 0.0001; joint training
+for 80,000 and 30,000 steps of an image, as later public codes have it for 07+12, stands for its 4-step alternation, whose
+lengths it does not say. --config.model.name=vgg16 is the baseline, --config.data.train_split=07++12
+--config.data.test_split=12_test --config.detection.labelled=false the paper's VOC12, for the test server.
 """
 
 from resnet_jax.config import default_config

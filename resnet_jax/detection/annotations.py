@@ -127,7 +127,7 @@ def box_fault(box: Sequence[float], width: int, height: int) -> str:
     if right - left < _LEAST_SIDE or bottom - top < _LEAST_SIDE:
         return "is inverted or empty"
     if left < -_ROUNDING or top < -_ROUNDING or right > width + _ROUNDING or bottom > height + _ROUNDING:
-        return f"lies outside the image, which is {width} x {height}"
+        return f"lies outside the image, which is {width} x {height} as its annotation says"
     return ""
 
 
@@ -189,22 +189,22 @@ def join(parts: Sequence[Annotations], where: str) -> Annotations:
 
 
 def for_training(annotations: Annotations, difficult: bool = False, without_boxes: bool = False) -> Annotations:
-    """What is trained on: never the boxes around crowds.
+    """What is trained on. Boxes around crowds stay: what lies in them is no background (``detection.crowd_share``).
 
     Args:
       annotations: a training set.
       difficult: whether boxes flagged so are trained on; Faster R-CNN's authors leave them out.
-      without_boxes: whether images are kept in which no box is (left); they are background alone.
+      without_boxes: whether images are kept in which no object is (left); they are background alone.
 
     Raises:
       UsageError: nothing is left.
     """
     images = []
     for image in annotations.images:
-        keep = ~image.crowd if difficult else ~(image.crowd | image.difficult)
-        if without_boxes or keep.any():
+        keep = np.ones_like(image.difficult) if difficult else ~image.difficult
+        if without_boxes or (keep & ~image.crowd).any():
             images.append(image if keep.all() else image.select(keep))
-    if not any(len(image.boxes) for image in images):
+    if all(image.crowd.all() for image in images):
         raise UsageError(
             "no box to train on in the training set (crowds, and difficult boxes unless asked for, are not)"
         )

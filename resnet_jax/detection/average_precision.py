@@ -111,7 +111,7 @@ def match(
     verdicts = np.full(len(boxes), -1, np.int8)
     if len(truth) == 0:
         return verdicts
-    ious = _overlaps(boxes.astype(np.float64), truth.astype(np.float64))
+    ious = overlaps(boxes[:, None], truth)
     best = ious.argmax(1)
     order = np.argsort(-np.asarray(scores), kind="stable")
     reached = order[ious[order, best[order]] >= overlap]
@@ -150,14 +150,16 @@ def area_ap(recall: np.ndarray, precision: np.ndarray) -> float:
     return float(np.sum(np.diff(recall) * envelope))
 
 
-def _overlaps(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """IoU of all pairs, [n, m]; in float64, so that an IoU of one half is one half, as in MATLAB."""
-    least = np.maximum(boxes[:, None, :2], truth[None, :, :2])
-    most = np.minimum(boxes[:, None, 2:], truth[None, :, 2:])
-    both = (most - least).clip(0).prod(2)
-    areas = [(b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, truth)]
-    union = areas[0][:, None] + areas[1] - both
-    return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """IoU of boxes [..., 4] with others [..., 4], shapes that broadcast: [...]; 0 where either is empty or inverted.
+
+    In float64, so that an IoU of one half is one half, as in MATLAB.
+    """
+    boxes, others = np.asarray(boxes, np.float64), np.asarray(others, np.float64)
+    least, most = np.maximum(boxes[..., :2], others[..., :2]), np.minimum(boxes[..., 2:], others[..., 2:])
+    both = (most - least).clip(0).prod(-1)
+    areas = [(some[..., 2:] - some[..., :2]).prod(-1) for some in (boxes, others)]
+    return np.divide(both, areas[0] + areas[1] - both, out=np.zeros_like(both), where=both > 0)
 
 
 def _mean(figures: np.ndarray) -> float:

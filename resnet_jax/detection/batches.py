@@ -47,6 +47,10 @@ class Resizing:
             raise UsageError(
                 f"images of shorter sides {self.shorter}, longer ones up to {self.longer}: expected pixels, 1 or more"
             )
+        if max(self.shorter) > self.longer:
+            raise UsageError(
+                f"detection.shorter={max(self.shorter)} is above detection.longer={self.longer}, which no side exceeds"
+            )
         if not self.canvases:
             object.__setattr__(self, "canvases", canvas_sizes(max(self.shorter), self.longer))
 

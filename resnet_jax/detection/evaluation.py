@@ -29,7 +29,7 @@ def figures(annotations: Annotations, detections: Sequence[Detections], average_
     found = {"map": found[main]} | found
     found |= {f"ap50/{name}": ap for name, ap in zip(annotations.classes, voc.area.tolist(), strict=True)}
     # Classes and sizes that don't occur have none: NaN in VOC, -1 in COCO.
-    return {name: 100 * figure for name, figure in found.items() if figure >= 0 or name == "map"}
+    return {name: 100 * figure for name, figure in found.items() if figure >= 0}
 
 
 def collect(outputs: list[dict[str, np.ndarray]], images: int) -> list[Detections]:

@@ -7,6 +7,7 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
+from resnet_jax.detection import roi_tiles
 from resnet_jax.detection.per_image import for_each_image
 from resnet_jax.detection.proposals import Grid, make_grids
 from resnet_jax.detection.roi import roi_align, roi_pool
@@ -207,14 +208,18 @@ def pool_levels(
 ) -> jax.Array:
     """One image's regions [R, 4], each pooled from its own ``level``, int [R]: [R, pooled, pooled, C].
 
-    Every region is pooled from every level and the right one chosen: shapes are fixed, and as each level has a quarter
-    of the next finer one's cells, that costs a third more than the finest alone. Regions of other levels are empty
-    there, so that RoI pooling, which goes on for as long as its largest bin, does not wait for them.
+    RoIAlign by tiles reads that level only. Else every region is pooled from every level and the right one chosen:
+    shapes are fixed, and as each level has a quarter of the next finer one's cells, that costs a third more than the
+    finest alone. Regions of other levels are empty there, so that RoI pooling, which goes on for as long as its
+    largest bin, does not wait for them.
     """
+    scales = [1 / stride for stride in strides]
+    if roi == "align" and roi_tiles.suits():
+        return roi_tiles.align(maps, map_extents, rois, level, (pooled, pooled), scales)
     found = 0
-    for number, (features, own, stride) in enumerate(zip(maps, map_extents, strides, strict=True)):
+    for number, (features, own, scale) in enumerate(zip(maps, map_extents, scales, strict=True)):
         here = level == number
         own_rois = jnp.where(here[:, None], rois, 0)
-        regions = POOLINGS[roi](features, own_rois, pooled, 1 / stride, extent=own)
+        regions = POOLINGS[roi](features, own_rois, pooled, scale, extent=own)
         found = jnp.where(here[:, None, None, None], regions, found)
     return found

@@ -21,9 +21,6 @@ from resnet_jax.detection.settings import Settings
 Batch = dict[str, jax.Array]
 # Mean and std of the pixels, [3] each.
 Resident = dict[str, jax.Array]
-# Pixels: a region is looked at in the views that bring its side closest to this (He et al., 2014: what the backbone
-# was trained on).
-USUAL_SIDE = 224
 
 
 class View(NamedTuple):
@@ -72,25 +69,28 @@ def union(proposals: Sequence[Proposals]) -> Proposals:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *proposals)
 
 
-def lower_view(regions: jax.Array, extent: jax.Array, views: Sequence[jax.Array]) -> jax.Array:
+def lower_view(regions: jax.Array, extent: jax.Array, views: Sequence[jax.Array], best_side: float) -> jax.Array:
     """In which two views, this one and the next, each region is looked at: int32 [n, R].
 
-    Those between which its side (the root of its area) would be of ``USUAL_SIDE`` pixels, or the two at the end.
+    Those between which its side (the root of its area) would be of ``best_side`` pixels, or the two at the end.
 
     Args:
       regions: [n, R, 4], pixels of what ``extent`` is of.
       extent: the images' sizes there, int [n, 2].
       views: the same of each view, int [n, 2], rising.
+      best_side: ``detection.test_side``.
     """
     width, height = sides(regions)
     side = jnp.sqrt(jnp.maximum(width * height, 0))
     area = jnp.prod(extent.astype(jnp.float32), axis=-1)
     scales = jnp.stack([jnp.sqrt(jnp.prod(view.astype(jnp.float32), axis=-1) / area) for view in views])
-    small = (side * scales[1:, :, None] < USUAL_SIDE).sum(0, dtype=jnp.int32)
+    small = (side * scales[1:, :, None] < best_side).sum(0, dtype=jnp.int32)
     return jnp.minimum(small, len(views) - 2)
 
 
-def region_features(member: Member, regions: jax.Array, base: Maps, views: Sequence[Maps]) -> jax.Array:
+def region_features(
+    member: Member, regions: jax.Array, base: Maps, views: Sequence[Maps], best_side: float
+) -> jax.Array:
     """What the head looks at, [n, R, D]; of several views the elementwise maximum over two adjacent ones.
 
     As of the paper's appendix B: RoI pooling and the layers that follow on the maps of two scales, merged by maxout.
@@ -100,6 +100,7 @@ def region_features(member: Member, regions: jax.Array, base: Maps, views: Seque
       regions: [n, R, 4], pixels of the base.
       base: the maps at the usual scale.
       views: those at others, by rising scale; none: the base's alone.
+      best_side: as of ``lower_view``.
     """
     if not views:
         return member.call("region_features", member.call("pool", *base[:2], regions, base.extent))
@@ -107,7 +108,8 @@ def region_features(member: Member, regions: jax.Array, base: Maps, views: Seque
     pooled_regions = (
         jnp.concatenate([regions, whole.astype(regions.dtype)], axis=1) if member.model.context else regions
     )
-    lower = lower_view(pooled_regions, base.extent, [view.extent for view in views])[..., None, None, None]
+    lower = lower_view(pooled_regions, base.extent, [view.extent for view in views], best_side)
+    lower = lower[..., None, None, None]
     of_lower = of_upper = 0
     for number, view in enumerate(views):
         down, across = jnp.moveaxis(view.extent / base.extent, -1, 0)
@@ -142,7 +144,7 @@ def infer(members: Sequence[Member], base: Sequence[View], views: Sequence[Seque
     def predict_at(regions: jax.Array) -> Predictions:
         said = []
         for member, own, more in zip(members, maps, seen, strict=True):
-            logits, codes = member.call(_head, region_features(member, regions, own, more))
+            logits, codes = member.call(_head, region_features(member, regions, own, more, settings.test_side))
             decoded = jax.vmap(functools.partial(predict, settings=settings))
             said.append(decoded(logits, codes, regions, proposals.valid, extent))
         return jax.tree.map(lambda *parts: sum(parts) / len(parts), *said)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
@@ -14,10 +15,7 @@ from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.vgg import VGG
 
-# The side, in cells, that regions are pooled to where ``detection.pooled`` is 0; and the side that a C4 looks at with
-# a last stage of stride 1.
-POOLED = {C4: 14, FullyConnected: VGG.window, FPN: 7}
-POOLED_AT_STRIDE_1 = 7
+LOOKED_AT = 7  # Cells per side that layers on regions see where ``detection.pooled`` is 0.
 
 
 def create_detector(
@@ -58,11 +56,12 @@ def attach(network: ResNet | VGG, num_classes: int, settings: Settings, name: st
             f"model.freeze_at={network.freeze_at}: {name} has {len(network.parts)} parts, {', '.join(network.parts)}"
         )
     kind = _kind(network, settings, name)
-    pooled = settings.pooled or POOLED[kind]
+    stride = settings.last_stride if kind is C4 else 1
+    pooled = settings.pooled or LOOKED_AT * stride
     if kind is FullyConnected and pooled != VGG.window:
         raise UsageError(f"detection.pooled={pooled}: the fc6 of model.name={name} looks at {VGG.window}; 0 is that")
-    if kind is C4 and pooled == POOLED_AT_STRIDE_1:
-        network = network.clone(last_stride=1)
+    if kind is C4:
+        network = network.clone(last_stride=stride)
     detector = kind(
         backbone=network,
         num_classes=num_classes,
@@ -101,8 +100,8 @@ def initialise(model: FasterRCNN, key: jax.Array) -> dict[str, Any]:
     return model.init(key, images, jnp.full((1, 2), side, jnp.int32), jnp.array([[[0.0, 0, side, side]]]))
 
 
-def trained(model: FasterRCNN, params: Any) -> Any:
-    """Which parameters training changes: a tree of bools like ``params``.
+def trained(model: nn.Module, params: Any) -> Any:
+    """Which parameters training changes: a tree of bools like ``params``, those of a network on a ``backbone``.
 
     Not those of the backbone's leading ``freeze_at`` parts, nor, with frozen BN, BN's scales and biases: its layers
     are fixed linear activations (appendix A).

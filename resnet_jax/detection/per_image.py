@@ -13,10 +13,15 @@ def for_each_image(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` of arrays of one image -> the same of batches of them, on a first axis of every array.
 
     Over several devices (``jax.set_mesh``) each works on its own images: loops whose length depends on the data, as
-    NMS's, would else wait for each other at every round. The batch must divide over them.
+    NMS's, would else wait for each other at every round. A batch that does not divide over them, as the single image
+    of an initialisation, is not split.
     """
-    mapped = jax.vmap(function)
-    if dict(jax.sharding.get_abstract_mesh().shape).get(BATCH_AXIS, 1) == 1:
-        return mapped
+    mapped, devices = jax.vmap(function), dict(jax.sharding.get_abstract_mesh().shape).get(BATCH_AXIS, 1)
     split = PartitionSpec(BATCH_AXIS)
-    return jax.shard_map(mapped, in_specs=split, out_specs=split)
+
+    def apply(*arrays: Any) -> Any:
+        if devices == 1 or len(jax.tree.leaves(arrays)[0]) % devices:
+            return mapped(*arrays)
+        return jax.shard_map(mapped, in_specs=split, out_specs=split)(*arrays)
+
+    return apply

@@ -15,6 +15,8 @@ from resnet_jax.detection.annotations import Annotations, Detections, check_dete
 from resnet_jax.detection.coco import box_corners, load_json
 from resnet_jax.errors import UsageError
 
+NOTHING = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.int32), np.zeros(0, np.float32))
+
 
 def detections_from(found: Sequence[tuple[Sequence[float], int, float]]) -> Detections:
     """``Detections`` from a list of (box, label, score)."""

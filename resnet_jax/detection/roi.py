@@ -6,7 +6,8 @@ RoIs of 1024 channels are 240 MB when they are done, and several times that on t
 
 RoIAlign is two small matrix products. Bilinear weights and averages separate into rows and columns, so that a bin is
 (weights of rows) x (features) x (weights of columns): dense work that TPUs and GPUs are made for, forwards and
-backwards, where reading four cells for each sample would be gathers, and their gradient scatters.
+backwards, where reading four cells for each sample would be gathers, and their gradient scatters. For a pyramid on
+CPUs there is another way to the same numbers (``roi_tiles``).
 
 RoI pooling looks at one cell of every bin at a time, as often as the largest bin has cells: the channels of a cell
 lie together, and most bins have few cells. Its gradient goes to the largest cell alone, through a scatter: on TPUs
@@ -19,6 +20,7 @@ import jax
 from jax import numpy as jnp
 
 from resnet_jax.detection import boxes as box_ops
+from resnet_jax.detection.roi_tiles import bin_weights, line, most_samples
 
 # How many numbers the intermediate results of the RoIs taken together may have (128 MB of float32).
 CHUNK_ELEMENTS = 1 << 25
@@ -149,25 +151,6 @@ def roi_pool(
     return _in_chunks(lambda *bins: _max_pool(features, *bins), bins, rows * columns * features.shape[-1])
 
 
-def _align_weights(
-    low: jax.Array, high: jax.Array, scale: float, size: int, samples: int, aligned: bool, extent: jax.Array, cells: int
-) -> jax.Array:
-    """How much each cell counts in each bin, along one axis: [R, size, cells], from a box's edges [R]."""
-    offset = 0.5 if aligned else 0.0  # From the edge of a cell to its centre, where its value lies.
-    first = (low * scale - offset)[:, None, None]
-    length = (high - low) * scale
-    length = (length if aligned else jnp.maximum(length, 1))[:, None, None]
-    most = samples or -(-cells // size) + 1
-    count = samples or jnp.clip(jnp.ceil(length / size), 1, most)
-    sample = jnp.arange(most)  # From here on [R, size, samples].
-    position = first + length / size * (jnp.arange(size)[:, None] + (sample + 0.5) / count)
-    counts = (sample < count) & (position >= -1) & (position <= extent)
-    position = jnp.clip(position, 0, extent - 1)
-    weights = jnp.maximum(1 - jnp.abs(position[..., None] - jnp.arange(cells)), 0)
-    total = jnp.where(counts[..., None], weights, 0).sum(-2)
-    return total / (count if samples else count.reshape(-1, 1, 1))
-
-
 def roi_align(
     features: jax.Array,
     boxes: jax.Array,
@@ -203,11 +186,14 @@ def roi_align(
     left, top, right, bottom = jnp.moveaxis(jax.lax.stop_gradient(boxes.astype(wide.dtype)), -1, 0)
     row_extent, column_extent = _extent(features, extent)
 
+    def weights(low, high, bins, extent, cells):
+        most = most_samples(cells, bins)
+        placed = line(low, high, scale, aligned)
+        return bin_weights(*placed, bins, samples, most, most, extent, jnp.arange(cells))
+
     def pool(left, top, right, bottom):
-        row_weights = _align_weights(top, bottom, scale, rows, samples, aligned, row_extent, height)
-        column_weights = _align_weights(left, right, scale, columns, samples, aligned, column_extent, width)
-        if aligned and not samples:
-            row_weights = jnp.where(((bottom > top) & (right > left))[:, None, None], row_weights, 0)
+        row_weights = weights(top, bottom, rows, row_extent, height)
+        column_weights = weights(left, right, columns, column_extent, width)
         # The order that multiplies least is chosen: first the longer axis of the map, which leaves less behind.
         return jnp.einsum(
             "rih,rjw,hwc->rijc", row_weights, column_weights, wide, optimize="optimal", precision="highest"

@@ -1,4 +1,4 @@
-"""A generated data set, the quick start: one to four drawn shapes on a textured ground, and the boxes around them.
+"""A generated data set, the quick start: up to four drawn shapes on a textured ground, and the boxes around them.
 
 Nothing is downloaded and nothing is stored: a picture follows from (seed, split, index) alone, the same on every
 machine but for the rounding of colours.
@@ -17,7 +17,6 @@ from resnet_jax.errors import UsageError, did_you_mean
 CLASSES = ("circle", "cross", "square", "star", "triangle")
 SPLITS = ("train", "test")
 SHORTER, LONGER = 128, 160  # Sides, pixels: the shorter is always the one, the longer at most the other.
-_MOST = 4  # Shapes in a picture.
 _RADII = (14.0, 34.0)  # Pixels.
 _VISIBLE = 0.75  # Of every shape at least this part is to be seen.
 _ATTEMPTS = 20  # Places tried for a shape before the picture goes without it.
@@ -65,13 +64,14 @@ class Drawn:
         return self._pixels[str(image.id)]
 
 
-def shapes(count: int, seed: int, split: str) -> tuple[Annotations, Drawn]:
+def shapes(count: int, seed: int, split: str, most: int = 4) -> tuple[Annotations, Drawn]:
     """Draws a split, in a few milliseconds and 60 KB of memory a picture.
 
     Args:
       count: how many pictures; the first ones are the same whatever it is.
       seed: of the whole data set.
       split: one of ``SPLITS``.
+      most: shapes in a picture, of which there is at least one.
 
     Returns:
       ``(annotations, pixels)``: boxes are exactly around the pixels of each shape that are to be seen, so their
@@ -87,7 +87,7 @@ def shapes(count: int, seed: int, split: str) -> tuple[Annotations, Drawn]:
     images, pixels = [], {}
     for index in range(count):
         id = f"{split}/{index}"
-        picture, drawn, owner = draw_picture(seed, split, index)
+        picture, drawn, owner = draw_picture(seed, split, index, most)
         boxes = [_box(owner == i) for i in range(len(drawn))]
         height, width = owner.shape
         images.append(annotated_image(id, f"shapes/{id}", width, height, boxes, [shape.label for shape in drawn]))
@@ -95,8 +95,8 @@ def shapes(count: int, seed: int, split: str) -> tuple[Annotations, Drawn]:
     return Annotations(CLASSES, tuple(range(1, len(CLASSES) + 1)), tuple(images)), Drawn(pixels)
 
 
-def draw_picture(seed: int, split: str, index: int) -> tuple[np.ndarray, list[Shape], np.ndarray]:
-    """Draws one picture.
+def draw_picture(seed: int, split: str, index: int, most: int = 4) -> tuple[np.ndarray, list[Shape], np.ndarray]:
+    """Draws one picture, of a number of shapes from 1 to ``most``, each as likely.
 
     Returns:
       Its pixels, uint8 [h, w, 3]; its shapes, the hindmost first; and which of them each pixel shows (its centre lies
@@ -110,7 +110,7 @@ def draw_picture(seed: int, split: str, index: int) -> tuple[np.ndarray, list[Sh
     height, width = (SHORTER, longer) if first[1] < 0.5 else (longer, SHORTER)
     pixels = _ground(height, width, uniforms)
     owner, drawn, areas = np.full((height, width), -1, np.int32), [], []
-    for _ in range(1 + int(first[2] * _MOST)):
+    for _ in range(1 + int(first[2] * most)):
         for numbers in uniforms(_ATTEMPTS, _DRAWS):
             shape = _shape(height, width, numbers)
             rows, columns, outside = _distances(shape)

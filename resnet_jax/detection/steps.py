@@ -139,15 +139,10 @@ def make_train_step(
             parts = losses(found, settings)
             return sum(parts.values()), (parts, updated.get("batch_stats", {}))
 
-        trains = trained(model, state.params)
-
-        def hold(tree):
-            return jax.tree.map(lambda x, changes: x if changes else jnp.zeros_like(x), tree, trains)
-
         (loss, (parts, stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
-        grads = hold(grads)
         rate = schedules.learning_rate(config.schedule, schedule(state.step), state.schedule)
-        state, norms = update.apply_gradients(state, grads, stats, rate, optimizer, config.optimizer.ema, hold)
+        changes, ema = trained(model, state.params), config.optimizer.ema
+        state, norms = update.apply_gradients(state, grads, stats, rate, optimizer, ema, changes)
         return state, {"loss": loss, **parts} | norms
 
     return step

@@ -25,7 +25,7 @@ from resnet_jax.detection.faster_rcnn import FasterRCNN
 from resnet_jax.detection.inference import inputs, make_inference_step
 from resnet_jax.detection.result_files import coco_file, voc_files
 from resnet_jax.detection.settings import make_settings
-from resnet_jax.detection.sources import Split, read_splits
+from resnet_jax.detection.sources import Split, describe_splits, read_splits
 from resnet_jax.detection.start import make_model, starting_variables
 from resnet_jax.distributed import shard_batch
 from resnet_jax.errors import UsageError
@@ -73,11 +73,13 @@ class Detection:
         self._config, self._mesh, self._start = config, mesh, start
         _check(config)
         distributed.check_batch("batch_size", config.batch_size, mesh)
-        self._settings = make_settings(config.detection)
+        self.settings = make_settings(config.detection)
         self.model = make_model(config, num_classes=1, start=start)  # Its mistakes are cheaper to find than the data.
         self._splits = read_splits(config)
         train = self._splits["train"].annotations
         self.classes = train.classes
+        if distributed.leads():
+            print(describe_splits(self._splits), flush=True)
         if config.model.num_classes not in (0, len(self.classes)):
             raise UsageError(f"model.num_classes={config.model.num_classes}, but the data have {len(self.classes)}")
         self.model = self.model.clone(num_classes=len(self.classes))
@@ -100,7 +102,7 @@ class Detection:
         self.total_steps = config.steps or math.ceil(config.epochs * len(train) / config.batch_size)
         self.resident = distributed.replicate(mesh, {"mean": self._mean.astype(dtype), "std": self._std.astype(dtype)})
         self.broken: dict[str, str] = {}  # An image that can't be read ends the run: its boxes would be missed.
-        self.train_step = steps.make_train_step(self.model, self._optimizer, config, self._settings, self.total_steps)
+        self.train_step = steps.make_train_step(self.model, self._optimizer, config, self.settings, self.total_steps)
 
     def _new_state(self) -> TrainState:
         return steps.initial_state(self.model, self._optimizer, self._config)
@@ -153,7 +155,7 @@ class Detection:
 
     def inference_step(self, models: Sequence[FasterRCNN], protocol: str) -> Callable[..., dict[str, jax.Array]]:
         """The jitted step of ``inference.make_inference_step`` for these models by a test protocol."""
-        return jax.jit(make_inference_step(models, self._settings, self._views(protocol)))
+        return jax.jit(make_inference_step(models, self.settings, self._views(protocol)))
 
     def _views(self, protocol: str) -> tuple[int, ...]:
         if protocol not in _PROTOCOLS:
@@ -196,16 +198,21 @@ class Detection:
         metrics = figures(annotations, detections, asked.average_precision) if asked.labelled else {}
         return metrics | {"examples": len(annotations), "detections": sum(map(len, detections))}
 
+    def result_files(self, split: str, detections: list[Detections]) -> dict[str, bytes]:
+        """What COCO's and (of images with names) VOC's test servers take: name -> content."""
+        annotations, image_set = self._splits[split].annotations, self._splits[split].image_set
+        files = {"detections.json": coco_file(annotations, detections)}
+        if image_set:
+            found = voc_files(image_set, annotations, detections)
+            files |= {f"voc/{name}": content for name, content in found.items()}
+        return files
+
     def evaluate(self, state: TrainState, split: str, poll: Callable[[], None], protocol: str = CENTER) -> Evaluation:
-        annotations = self._splits[split].annotations
         if protocol not in self._steps:
             self._steps[protocol] = self.inference_step((self.model,), protocol)
         step = self._steps[protocol]
         detections = self.look(lambda batch: step((state.variables,), batch, (self.resident,)), split, protocol, poll)
-        files = {"detections.json": coco_file(annotations, detections), "found.png": self._sheet(split, detections)}
-        if isinstance(annotations.images[0].id, str):  # Named as VOC's are, not numbered as COCO's.
-            name = self._config.data.test_split or "test"
-            files |= {f"voc/{file}": text for file, text in voc_files(name, annotations, detections).items()}
+        files = {**self.result_files(split, detections), "found.png": self._sheet(split, detections)}
         return Evaluation(self.judge(split, detections), as_arrays(detections), files)
 
     def _sheet(self, split: str, detections: list[Detections]) -> bytes:

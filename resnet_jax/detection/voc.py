@@ -245,7 +245,9 @@ def _read_annotation(path: pathlib.Path) -> _Annotation:
         if difficult not in (0, 1):
             raise UsageError(f"{path}, line {element.get('line')}: <difficult> is {difficult:g}, neither 0 nor 1")
         name = _text(path, element, "name")
-        objects.append(_Object(name, (left - 1, top - 1, right, bottom), difficult == 1, element.get("line", "")))
+        # Many tools count from 0 where VOC does from 1; only at the edge it shows.
+        corner = (left - 1 if left else 0.0, top - 1 if top else 0.0)
+        objects.append(_Object(name, (*corner, right, bottom), difficult == 1, element.get("line", "")))
     return _Annotation(int(width), int(height), objects)
 
 

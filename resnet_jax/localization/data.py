@@ -10,11 +10,10 @@ from resnet_jax.data.decode import BrokenImage
 from resnet_jax.data.statistics import IMAGENET_MEAN, IMAGENET_STD, Sums
 from resnet_jax.detection.annotations import Annotations
 from resnet_jax.detection.batches import read_pixels
-from resnet_jax.detection.shapes import SPLITS
+from resnet_jax.detection.shapes import SPLITS, shapes
 from resnet_jax.detection.sources import read_splits as read_detection_splits
 from resnet_jax.errors import UsageError
 from resnet_jax.localization.batches import Content, read_content
-from resnet_jax.localization.one_shape import one_shape
 
 _MEASURED = 1000  # Images whose pixels are looked at for their mean.
 
@@ -49,7 +48,7 @@ def of_one_class(annotations: Annotations) -> Annotations:
 
 
 def read_splits(config: ml_collections.ConfigDict) -> dict[str, Split]:
-    """The splits ``train`` and ``test`` of ``config.data``: detection's sources, and of ``shapes`` single ones.
+    """The splits ``train`` and ``test`` of ``config.data``: detection's sources, and of ``shapes`` one a picture.
 
     Raises:
       UsageError: an unknown source, or data that are not there, malformed, or without boxes.
@@ -57,7 +56,7 @@ def read_splits(config: ml_collections.ConfigDict) -> dict[str, Split]:
     if config.data.source == "shapes":
         counts = zip(SPLITS, config.data.shapes, strict=True)
         # Seed 0 whatever the run's: runs of several seeds are judged on the same pictures.
-        return {split: Split(*one_shape(count, 0, split)) for split, count in counts}
+        return {split: Split(*shapes(count, 0, split, most=1)) for split, count in counts}
     found = read_detection_splits(config)
     return {
         name: Split(of_one_class(split.annotations), read_content if split.pixels is read_pixels else split.pixels)

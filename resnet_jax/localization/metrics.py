@@ -4,16 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from resnet_jax.detection.average_precision import overlaps
+
 _IOU = 0.5  # From which a box is right (ILSVRC).
-
-
-def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoU of boxes [..., 4] with as many others [..., 4]: float64 [...]; 0 where either is empty or inverted."""
-    boxes, others = np.asarray(boxes, np.float64), np.asarray(others, np.float64)
-    sides = np.minimum(boxes[..., 2:], others[..., 2:]) - np.maximum(boxes[..., :2], others[..., :2])
-    shared = sides.clip(0).prod(-1)
-    areas = [(some[..., 2:] - some[..., :2]).clip(0).prod(-1) for some in (boxes, others)]
-    return np.where(shared > 0, shared / np.where(shared > 0, sum(areas) - shared, 1), 0)
 
 
 def right_guesses(

@@ -9,14 +9,13 @@ the two sibling 1x1 ones. It stands on the last stage's features, at stride 32 f
 Of the 1000 classes only those that are asked for are computed: the true one in training, up to five in test.
 """
 
-import math
 from typing import Any
 
 from flax import linen as nn
 import jax
 from jax import numpy as jnp
-import numpy as np
 
+from resnet_jax.detection.anchors import make_anchors
 from resnet_jax.errors import UsageError
 from resnet_jax.localization.settings import Settings
 from resnet_jax.models.layers import storage_dtype
@@ -135,17 +134,12 @@ class Localizer(nn.Module):
         codes = self.rpn.boxes(features, classes)
         return codes.reshape(*codes.shape[:2], -1, 4)
 
-    def anchors(self, height: int, width: int) -> np.ndarray:
+    def anchors(self, height: int, width: int) -> jax.Array:
         """The anchors of a map of so many cells, each centred in its cell: float32 [height width A, 4], pixels.
 
         In the order of the outputs: row by row, cell by cell, and within a cell ratios vary fastest.
         """
-        sides = [(size / math.sqrt(r), size * math.sqrt(r)) for size in self.anchor_sizes for r in self.anchor_ratios]
-        half = np.array([(-w / 2, -h / 2, w / 2, h / 2) for w, h in sides])
-        y, x = np.meshgrid(
-            self.stride * (np.arange(height) + 0.5), self.stride * (np.arange(width) + 0.5), indexing="ij"
-        )
-        return (np.stack([x, y, x, y], axis=-1)[:, :, None] + half).reshape(-1, 4).astype(np.float32)
+        return make_anchors(height, width, self.stride, self.anchor_sizes, self.anchor_ratios)
 
 
 def create_localizer(
@@ -184,21 +178,3 @@ def initialise(model: Localizer, key: jax.Array) -> dict[str, Any]:
     """Fresh ``params`` and ``batch_stats``; they do not depend on the size of images."""
     images = jnp.zeros((1, model.stride, model.stride, 3), storage_dtype(model.backbone.dtype))
     return model.init(key, images, jnp.zeros((1, 1), jnp.int32))
-
-
-def trained(model: Localizer, params: Any) -> Any:
-    """Which parameters training changes: a tree of bools like ``params``.
-
-    Not those of stages below ``freeze_at`` nor, with frozen BN, BN's scales and biases, whatever the weight decay.
-    """
-    parts = ["stem", *(f"stage{i}" for i in range(1, len(model.backbone.blocks) + 1))]
-    frozen = parts[: model.backbone.freeze_at]
-
-    def is_trained(path: tuple, _: Any) -> bool:
-        names = [part.key for part in path]
-        if names[0] != "backbone":
-            return True
-        fixed_bn = model.backbone.batch_norm == "frozen" and names[-2].rstrip("0123456789").endswith("bn")
-        return names[1] not in frozen and not fixed_bn
-
-    return jax.tree.map_with_path(is_trained, params)

@@ -1,7 +1,7 @@
 """The jitted steps of localization, as pure functions."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import numpy as jnp
@@ -12,8 +12,10 @@ from resnet_jax.data import augment
 from resnet_jax.detection import boxes as box_ops
 from resnet_jax.detection.losses import box_losses, mean_of_sampled, objectness_losses
 from resnet_jax.detection.matching import FOREGROUND, match, sample
+from resnet_jax.detection.network import trained
+from resnet_jax.detection.proposals import AnchorSample
 from resnet_jax.localization.crops import to_image
-from resnet_jax.localization.network import Localizer, initialise, trained
+from resnet_jax.localization.network import Localizer, initialise
 from resnet_jax.localization.settings import Settings
 from resnet_jax.models.padding import inside
 from resnet_jax.training import schedules, update
@@ -25,25 +27,9 @@ Batch = dict[str, jax.Array]
 Resident = dict[str, jax.Array]
 
 
-class Sample(NamedTuple):
-    """The S anchors that an image is trained on.
-
-    Attributes:
-      indices: int32 [S].
-      foreground: bool [S].
-      targets: [S, 4], box codes.
-      sampled: bool [S], False for what only fills up.
-    """
-
-    indices: jax.Array
-    foreground: jax.Array
-    targets: jax.Array
-    sampled: jax.Array
-
-
 def sample_anchors(
     key: jax.Array, anchors: jax.Array, boxes: jax.Array, valid: jax.Array, partial: jax.Array, settings: Settings
-) -> Sample:
+) -> AnchorSample:
     """Draws one image's anchors; also those that reach beyond the crop, as those of large objects do.
 
     Args:
@@ -59,11 +45,11 @@ def sample_anchors(
     box, role = match(ious, valid, settings.anchor_high, settings.anchor_low, best_for_each=True, ignored=unclear)
     indices, sampled = sample(key, role, settings.anchors_sampled, settings.anchors_foreground)
     targets = box_ops.encode(boxes[box[indices]], anchors[indices])
-    return Sample(indices, (role[indices] == FOREGROUND) & sampled, targets, sampled)
+    return AnchorSample(indices, sampled, (role[indices] == FOREGROUND) & sampled, targets)
 
 
 def losses(
-    logits: jax.Array, codes: jax.Array, others: jax.Array | None, label: jax.Array, chosen: Sample, beta: float
+    logits: jax.Array, codes: jax.Array, others: jax.Array | None, label: jax.Array, chosen: AnchorSample, beta: float
 ) -> tuple[jax.Array, jax.Array]:
     """One image's two losses, scalars: the logistic one and smooth L1, each over the number of sampled anchors.
 
@@ -80,7 +66,7 @@ def losses(
       chosen: the anchors.
       beta: of ``detection.losses.smooth_l1``.
     """
-    at, foreground, targets, sampled = chosen
+    at, sampled, foreground, targets = chosen
     of_scores = objectness_losses(jnp.where(sampled, logits[at], 0), foreground)
     if others is not None:
         no = objectness_losses(jnp.where(sampled, others[:, at], 0), jnp.zeros_like(sampled))
@@ -105,7 +91,7 @@ def total_losses(
     own = batch["labels"][:, None]
     logits, codes = network.logits(features, own)[:, 0], network.codes(features, own)[:, 0]
     others = network.logits(features, None) if settings.other_classes else None
-    anchors = jnp.asarray(network.anchors(*features.shape[1:3]))
+    anchors = network.anchors(*features.shape[1:3])
 
     def of_image(key, logits, codes, others, label, *boxes):
         chosen = sample_anchors(key, anchors, *boxes, settings)
@@ -154,14 +140,10 @@ def make_train_step(
             )
             return sum(parts.values()), (parts, updated.get("batch_stats", {}))
 
-        trains = trained(model, state.params)
-
-        def hold(tree):
-            return jax.tree.map(lambda x, changes: x if changes else jnp.zeros_like(x), tree, trains)
-
         (loss, (parts, stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
         rate = schedules.learning_rate(config.schedule, schedule(state.step), state.schedule)
-        state, norms = update.apply_gradients(state, hold(grads), stats, rate, optimizer, config.optimizer.ema, hold)
+        changes, ema = trained(model, state.params), config.optimizer.ema
+        state, norms = update.apply_gradients(state, grads, stats, rate, optimizer, ema, changes)
         return state, {"loss": loss, **parts} | norms
 
     return step
@@ -192,7 +174,7 @@ def make_inference_step(
             model.apply(variables, features, batch["classes"], method=output) for output in ("logits", "codes")
         )
         height, width = features.shape[1:3]
-        anchors = jnp.asarray(model.anchors(height, width))
+        anchors = model.anchors(height, width)
         real = jnp.repeat(inside((height, width), cells).reshape(len(images), -1), model.anchors_per_cell, axis=1)
         # By logits, of which fewer are equal than of scores near 0 and 1.
         logits = jnp.where(real[:, None], logits, -jnp.inf)

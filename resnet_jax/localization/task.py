@@ -5,7 +5,6 @@ import hashlib
 import math
 from typing import Any
 
-from flax import traverse_util
 import jax
 import ml_collections
 import numpy as np
@@ -14,6 +13,7 @@ from resnet_jax import distributed
 from resnet_jax.data.crops import ScaleCrop
 from resnet_jax.data.sources import worker_count
 from resnet_jax.data.stream import Rows
+from resnet_jax.detection.start import starting_variables
 from resnet_jax.distributed import shard_batch
 from resnet_jax.errors import UsageError
 from resnet_jax.localization import protocols, steps
@@ -66,7 +66,7 @@ class Localization:
         _check(config)
         distributed.check_batch("batch_size", config.batch_size, mesh)
         self._config, self._mesh = config, mesh
-        self._settings, self._start = make_settings(config.localization), start
+        self._settings = make_settings(config.localization)
         self._attributes = start.settings if start else {}
         splits = self._splits = read_splits(config) if splits is None else splits
         self.classes = splits["train"].annotations.classes
@@ -81,7 +81,10 @@ class Localization:
         self.model = create_localizer(num_classes=len(self.classes), settings=self._settings, **own, **backbone)
         self._optimizer = make_optimizer(config.optimizer)
         shapes = jax.eval_shape(self._new_state)
-        self._weights = self._given_weights(shapes)
+        self._weights = None
+        if start and start.variables:
+            wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+            self._weights = starting_variables(start, wanted, config, self.classes)
         self.resident = distributed.replicate(mesh, self._statistics(given))
         self._labels = {name: _labels(split) for name, split in splits.items()}
         self._guesses = None
@@ -111,26 +114,6 @@ class Localization:
         dtype = storage_dtype(self.model.backbone.dtype)
         mean = mean.mean((0, 1)) if mean.ndim == 3 else mean  # A mean image fits one size alone.
         return {"mean": np.asarray(mean, dtype), "std": np.asarray(std, dtype)}
-
-    def _given_weights(self, shapes: TrainState) -> dict[str, Any] | None:
-        """What of ``start`` the network takes: a classification's layers but for its head, or a whole localization."""
-        variables = self._start.variables if self._start else None
-        if not variables:
-            return None
-        if "backbone" not in variables["params"]:  # A classification's.
-            params = {name: part for name, part in variables["params"].items() if name != "head"}
-            variables = {"params": {"backbone": params}, "batch_stats": {"backbone": variables["batch_stats"]}}
-        given = traverse_util.flatten_dict(variables, sep="/")
-        wanted = traverse_util.flatten_dict({"params": shapes.params, "batch_stats": shapes.batch_stats}, sep="/")
-        whole = "params/rpn/conv/kernel" in given
-        wanted = {name: leaf for name, leaf in wanted.items() if whole or not name.startswith("params/rpn/")}
-        where = f"init.weights={self._config.init.weights} does not fit model.name={self._config.model.name}"
-        for name in sorted(wanted.keys() ^ given.keys()):
-            raise UsageError(f"{where}: {name} is {'missing' if name in wanted else 'not part of the network'}")
-        for name, leaf in wanted.items():
-            if given[name].shape != leaf.shape:
-                raise UsageError(f"{where}: {name} has shape {given[name].shape}, not {leaf.shape}")
-        return variables
 
     def initial_state(self) -> TrainState:
         state = jax.jit(self._new_state, out_shardings=distributed.replicated(self._mesh))()

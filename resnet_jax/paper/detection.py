@@ -36,7 +36,7 @@ def detector_runs(runs: Sequence[Run]) -> Shown | None:
             run.name,
             run.model,
             run.config["detection.neck"],
-            _data(run),
+            data_name(run),
             "imported" if run.imported else f"{run.step:,}",
             NONE if run.imported else str(run.config["seed"]),
             number(found.get("map")),
@@ -58,7 +58,7 @@ def by_class(runs: Sequence[Run]) -> list[Shown]:
     for run in runs:
         classes = tuple(name.removeprefix(_CLASS) for name in run.summary if name.startswith(_CLASS))
         if classes:
-            groups.setdefault((_data(run), *run.classes), []).append(run)
+            groups.setdefault((data_name(run), *run.classes), []).append(run)
     shown = []
     for (data, *classes), members in groups.items():
         rows = [(name, *(number(run.summary.get(_CLASS + name)) for run in members)) for name in classes]
@@ -73,8 +73,8 @@ def pictures(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Figure]:
     """Learning curves, those of the same data together, and what each run has drawn of what it found."""
     drawn = []
     curves = [run for run in runs if any(_is_curve(run, name) for name in ("test_map", "train_loss"))]
-    for data in dict.fromkeys(map(_data, curves)):
-        chosen = [run for run in curves if _data(run) == data]
+    for data in dict.fromkeys(map(data_name, curves)):
+        chosen = [run for run in curves if data_name(run) == data]
         text = "The test set's mAP, and the training loss with its parts: the proposals' (RPN) and the regions'."
         drawn.append(
             Figure(f"Training of detectors: {data}", text, figures.detector_curves(chosen, colours), wide=True)
@@ -91,7 +91,7 @@ def _is_curve(run: Run, name: str) -> bool:
     return sum(name in line for line in run.metrics) >= _POINTS
 
 
-def _data(run: Run) -> str:
+def data_name(run: Run) -> str:
     """What people call the data of a run."""
     source = run.config["data.source"]
     if source == "folder":

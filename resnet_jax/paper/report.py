@@ -15,8 +15,9 @@ from resnet_jax.classification import ensemble
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import IMAGENET
 from resnet_jax.models.summary import summarize
-from resnet_jax.paper import detection, figures
+from resnet_jax.paper import detection, detection_tables, figures
 from resnet_jax.paper.compare import NAMES, compare
+from resnet_jax.paper.localization import localizer_runs
 from resnet_jax.paper.page import NONE, Figure, Shown, number
 from resnet_jax.paper.runs import Run
 from resnet_jax.paper.tables import MULTIPLY_ADDS, TABLES, TOP1, TOP5
@@ -37,13 +38,15 @@ def write_report(runs: Sequence[Run], output: pathlib.Path) -> list[pathlib.Path
     """
     # A run has one colour throughout.
     colours = {run.name: f"C{place % 6}" for place, run in enumerate(runs)}
-    classifiers, detectors = ([run for run in runs if run.task == task] for task in ("classification", "detection"))
+    classifiers, detectors, localizers = (
+        [run for run in runs if run.task == task] for task in ("classification", "detection", "localization")
+    )
     drawn = _figures(classifiers, colours) + detection.pictures(detectors, colours)
-    compared = [compare(table, runs) for table in TABLES]
+    compared = [compare(table, runs) for table in (*TABLES, *detection_tables.TABLES)]
     values = {
         "version": __version__,
         "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
-        "runs": _known([_runs(classifiers), detection.detector_runs(detectors)]),
+        "runs": _known([_runs(classifiers), detection.detector_runs(detectors), localizer_runs(localizers)]),
         "tables": _known([_ensembles(classifiers), *detection.by_class(detectors), *compared, _sizes()]),
         "figures": drawn,
     }

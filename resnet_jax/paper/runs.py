@@ -1,9 +1,10 @@
 """Runs of ours as a report sees them: what was trained on what, how far, with what errors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import json
 import os
+import pathlib
 from typing import Any
 
 from resnet_jax.buckets import Folder, exists, is_folder, open_folder
@@ -11,10 +12,13 @@ from resnet_jax.classification.predict import imagenet_names
 from resnet_jax.config import flatten, restore_config
 from resnet_jax.detection import voc
 from resnet_jax.errors import UsageError
+from resnet_jax.pretrained.fetch import is_remote
 from resnet_jax.pretrained.formats import CIFAR10
-from resnet_jax.training.workdir import DATA, read_json
+from resnet_jax.training.results import EVALUATED_WITH
+from resnet_jax.training.workdir import CENTER, DATA, read_json
 
 ANALYSIS = "analysis.json"
+_CALIBRATED = "calibrated"  # How the folders of evaluations of such a network begin.
 # What is in it, by kind.
 _FIELDS = {
     "responses": {"layers", "deviations"},
@@ -35,10 +39,12 @@ class Run:
     Attributes:
       folder: where it is.
       config: the flat config.
-      summaries: by test protocol: what ``summary.json`` says; ``calibrated`` besides.
-      data: ``cifar10``, ``imagenet`` or ``other``; of detection the test set: ``voc07``, ``voc12``, ``coco`` (val),
-        ``coco_test_dev`` or ``other``.
+      summaries: by the folder below ``eval``, or ``center`` for the run's own: what ``summary.json`` says.
+      data: ``cifar10``, ``imagenet`` or ``other``; of localization ``imagenet`` or ``other``; of detection the test
+        set: ``voc07``, ``voc12``, ``coco`` (val), ``coco_test_dev`` or ``other``.
       classes: names, in the order of their labels.
+      train_examples: how many it was trained on; 0 where that is not known.
+      continued: whether its ``init.weights`` were trained for the same task, by a run of detection or localization.
       metrics: the lines of ``metrics.jsonl``.
       analysis: what ``paper.analysis`` found, or nothing.
     """
@@ -48,6 +54,8 @@ class Run:
     summaries: dict[str, dict[str, Any]]
     data: str
     classes: tuple[str, ...]
+    train_examples: int
+    continued: bool
     metrics: list[dict[str, Any]]
     analysis: dict[str, Any]
 
@@ -80,7 +88,39 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """That of the single view."""
-        return self.summaries.get("center", {})
+        return self.summaries.get(CENTER, {})
+
+    @property
+    def evaluations(self) -> Iterator["Evaluation"]:
+        """Each that there is a summary of, the run's own first."""
+        for name, found in self.summaries.items():
+            other = EVALUATED_WITH in found and not name.startswith(_CALIBRATED)
+            yield Evaluation(self, found.get("protocol", name) if other else name, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a run.
+
+    Attributes:
+      run: whose.
+      protocol: the test protocol; of a calibrated network, whose weights are others, the folder's name.
+      summary: what its ``summary.json`` says.
+    """
+
+    run: Run
+    protocol: str
+    summary: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's, with the settings that this evaluation was done with."""
+        return self.run.config | self.summary.get(EVALUATED_WITH, {})
+
+    @property
+    def step(self) -> int:
+        """How far the network was trained then, iterations."""
+        return self.summary.get("step", self.run.step)
 
 
 def seeds_of(name: str) -> list[Folder]:
@@ -121,7 +161,7 @@ def read_run(folder: Folder) -> Run:
     for path in (folder / "summary.json", *sorted(folder.glob("eval/*/summary.json"))):
         found = read_json(path)
         if found is not None:
-            summaries["center" if path.parent == folder else path.parent.name] = found
+            summaries[CENTER if path.parent == folder else path.parent.name] = found
     if not summaries:
         raise UsageError(f"{folder}: has no summary.json, since it was never evaluated; --mode=eval does it")
     metrics = []
@@ -137,7 +177,21 @@ def read_run(folder: Folder) -> Run:
             raise UsageError(f"{folder / ANALYSIS}: damaged, or another version's; without it --analyze makes it anew")
     known = read_json(folder / DATA) or {}
     data = _TESTS[config["task"]](config, known)
-    return Run(folder, config, summaries, data, tuple(known.get("classes", ())), metrics, analysis)
+    classes, examples = tuple(known.get("classes", ())), known.get("examples", 0)
+    return Run(folder, config, summaries, data, classes, examples, _continued(config), metrics, analysis)
+
+
+def _continued(config: Mapping[str, Any]) -> bool:
+    """Whether ``init.weights`` is a run of the same task; one that is not here is judged by what it was used for."""
+    source, task = config["init.weights"], config["task"]
+    if task == "classification" or not source or is_remote(source):
+        return False
+    path = pathlib.Path(source).expanduser()
+    found = read_json(path / "config.json") if path.is_dir() else None
+    if found is not None:
+        return found.get("task", "classification") == task
+    # A detector's outputs are replaced, a classification's are left behind anyhow; and files are of classification.
+    return not path.exists() and config["init.head"] == "replace" and not path.suffix
 
 
 def _of_classification(config: Mapping[str, Any], known: Mapping[str, Any]) -> str:
@@ -157,4 +211,9 @@ def _of_detection(config: Mapping[str, Any], known: Mapping[str, Any]) -> str:
     return found.get(config["data.test_split"], "other")
 
 
-_TESTS = {"classification": _of_classification, "detection": _of_detection}
+def _of_localization(config: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    found = _of_classification(config, known)
+    return found if found == "imagenet" else "other"
+
+
+_TESTS = {"classification": _of_classification, "detection": _of_detection, "localization": _of_localization}

@@ -85,7 +85,13 @@ def unit_of(group: int, at_once: int, devices: int, accumulate: int) -> int:
 
 
 def advise(
-    memory: Memory | None, limit: int | None, batch_size: int, devices: int, accumulate: int, batch_norm: str
+    memory: Memory | None,
+    limit: int | None,
+    batch_size: int,
+    devices: int,
+    accumulate: int,
+    batch_norm: str,
+    in_parts: bool = True,
 ) -> str:
     """One line on what fits where a step does not: fewer images, or more parts, with BN's groups unchanged.
 
@@ -96,6 +102,7 @@ def advise(
       devices: how many they are.
       accumulate: ``optimizer.accumulate``.
       batch_norm: ``model.batch_norm``; the groups of ``group:N`` stay whole.
+      in_parts: whether the task can work a batch through in parts.
 
     Returns:
       A sentence that names the ``optimizer.accumulate`` and ``batch_size`` that would do, or says that neither can.
@@ -114,7 +121,7 @@ def advise(
     divisors = (n for n in range(accumulate + 1, own + 1) if own % n == 0)
     parts = next((n for n in divisors if own // n <= most and own // n % group == 0), None)
     ways = []
-    if parts:
+    if parts and in_parts:
         changed = {"global": ", over which BN averages", "per_device": ", over which BN averages"}.get(batch_norm, "")
         ways.append(f"optimizer.accumulate={parts} (the same batch, {own // parts} images at once{changed})")
     if smaller > 0:
@@ -134,6 +141,7 @@ def explain(
     devices: int,
     accumulate: int,
     batch_norm: str,
+    in_parts: bool = True,
 ) -> str:
     """``advise`` for a jitted step that a device's memory was too small for, when it was compiled or when it ran.
 
@@ -150,7 +158,7 @@ def explain(
             memory = memory_of(step.lower(*shapes).compile())
         except jax.errors.JaxRuntimeError:  # Out of memory again.
             memory = None
-    return advise(memory, limit, batch_size, devices, accumulate, batch_norm)
+    return advise(memory, limit, batch_size, devices, accumulate, batch_norm, in_parts)
 
 
 def largest_that_fits(fits: Callable[[int], bool], start: int, unit: int, tries: int = 6) -> Iterator[tuple[int, bool]]:

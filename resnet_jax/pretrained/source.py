@@ -71,7 +71,7 @@ def read_weights(
             raise UsageError(f"{source}: holds {config['model.name']}, not {model}")
         task = config.get("task", "classification")
         if task not in tasks:
-            raise UsageError(f"{source}: is a run of task={task}; here one of {' or '.join(tasks)} is needed")
+            raise UsageError(f"{source}: is a run of task={task}; here one of {' or '.join(sorted(tasks))} is needed")
         evaluated = latest_step(path) is None and (path / "summary.json").is_file()
         if evaluated and config.get("init.weights"):  # Others' weights were, and nothing was trained.
             return read_weights(config["init.weights"], config["model.name"], tasks)

@@ -47,7 +47,8 @@ def with_preprocessing(
     wanted = start.preprocessing
     if config.init.weights:
         fields = {"eval.interpolation": wanted.interpolation}
-        if config.data.crop == "whole":  # Images on the devices are resized once, for training and evaluation.
+        # Images on the devices are resized once, for training and evaluation; localization always crops.
+        if config.task == "classification" and config.data.crop == "whole":
             fields["data.interpolation"] = wanted.interpolation
         else:
             resize = wanted.image_size if wanted.resize is None else wanted.resize

@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from resnet_jax import distributed, peers
+from resnet_jax.config import reads
 from resnet_jax.errors import UsageError
 from resnet_jax.planning import memory
 from resnet_jax.training.metrics import Console
@@ -52,7 +53,8 @@ class Dispatch:
         between_events = math.gcd(config.log.every, config.eval.every, config.checkpoint.every)
         alone = task.streams or jax.default_backend() == "cpu"
         self._steps = 1 if task.streams else steps or (1 if alone else between_events)
-        self._called: tuple[Callable[..., Any], Any] | None = None  # What was called first, with which shapes.
+        self._called: tuple[Callable[..., Any], Any] | None = None  # What was called last, with which shapes,
+        self._kind: Any = None  # and those of its batch.
 
     def _scan(self, state: TrainState, batches: Any, resident: Any):
         return jax.lax.scan(lambda s, batch: self._task.train_step(s, batch, resident), state, batches)
@@ -80,7 +82,7 @@ class Dispatch:
             peers.at(step, "training")
             shapes = tuple(array.shape for array in jax.tree.leaves(batch))  # Each is compiled.
             self.window.start(shapes)
-            state, metrics = self._call(self._one if count == 1 else self._many, state, batch)
+            state, metrics = self._call(self._one if count == 1 else self._many, state, batch, shapes)
             self.window.add(metrics, count, shapes)
             stop.unsaved = True
             if self._task.streams:  # Each step that waits for the device holds a batch in its memory.
@@ -95,11 +97,11 @@ class Dispatch:
         stacked = jax.tree.map(lambda *parts: np.stack(parts), *chunk)
         return distributed.shard_batch(self._mesh, stacked, axis=1)
 
-    def _call(self, step: Callable[..., Any], state: TrainState, batch: Any) -> Any:
+    def _call(self, step: Callable[..., Any], state: TrainState, batch: Any, kind: Any) -> Any:
         arguments = (state, batch, self._task.resident)
-        if not self._called:
+        if kind != self._kind:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arguments)
-            self._called = (step, shapes)
+            self._called, self._kind = (step, shapes), kind
         return step(*arguments)
 
     def what_fits(self, error: Exception) -> str | None:
@@ -109,4 +111,5 @@ class Dispatch:
         config = self._config
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         parts, norm = config.optimizer.accumulate, config.model.batch_norm
-        return memory.explain(error, *self._called, limit, config.batch_size, self._mesh.size, parts, norm)
+        in_parts = reads(config, "optimizer.accumulate")
+        return memory.explain(error, *self._called, limit, config.batch_size, self._mesh.size, parts, norm, in_parts)

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 from functools import partial
 import pathlib
+import re
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ import ml_collections
 from resnet_jax import distributed, peers
 from resnet_jax.config import flatten
 from resnet_jax.errors import UsageError
+from resnet_jax.fields import OF_EVALUATION
 from resnet_jax.planning.memory import is_out_of_memory
 from resnet_jax.training.checkpoints import Checkpoints, SaveFailed
 from resnet_jax.training.dispatch import Dispatch
@@ -26,12 +28,16 @@ from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Evaluation, Task
 from resnet_jax.training.workdir import CENTER, read_json, results_folder
 
-_OF_EVALUATION = ("eval.resize", "eval.interpolation", "eval.scales", "detection.", "localization.")
 EXIT_DIVERGED = EXIT_NOT_SAVED = 1
 
 
 def _next_multiple(step: int, every: int, end: int) -> int:
     return min(end, (step // every + 1) * every) if every else end
+
+
+def _plain(value: Any) -> str:
+    """A setting's value as part of a folder's name."""
+    return re.sub(r"[^\w.+-]+", ",", "-".join(map(str, value)) if isinstance(value, list) else str(value).lower())
 
 
 def _polling(stop: StopSignal, step: int) -> Callable[[], None]:
@@ -135,12 +141,11 @@ class Training:
                 return stop.exit_status
         before = read_json(self._workdir / "summary.json")
         summary = before if before and before.get("step") == step else self._summary(step, record)
-        summary.pop(EVALUATED_WITH, None)
         now, own = flatten(self._config), read_json(self._workdir / "config.json") or {}
-        changed = [field for field in now if field.startswith(_OF_EVALUATION) and now[field] != own.get(field)]
-        if changed:
-            summary[EVALUATED_WITH] = {field: now[field] for field in changed}
-        self._report(summary, evaluation, protocol, name)
+        other = {field: now[field] for field in OF_EVALUATION if now[field] != own.get(field, now[field])}
+        # Beside the run's own results, which they don't replace.
+        names = [name or "", *(f"{field.split('.')[-1]}={_plain(value)}" for field, value in other.items())]
+        self._report(summary | ({EVALUATED_WITH: other} if other else {}), evaluation, protocol, *names)
         return 0
 
     def _look(self, state: TrainState, split: str, step: int, stop: StopSignal, protocol: str = CENTER) -> Evaluation:
@@ -278,10 +283,12 @@ class Training:
         """Evaluates the validation split; returns the state after it, and whether it is the best so far."""
         self._window.pause()
         evaluation = self._last = self._look(state, self._task.validation, step, stop)
-        figure, sign = evaluation.metrics[self._task.objective], self._task.sign
+        figure, sign = evaluation.metrics.get(self._task.objective), self._task.sign
         self._writer.write(step, {f"{self._task.validation}_{name}": v for name, v in evaluation.metrics.items()})
         self._console.line(f"step {step}  {self._task.validation}: {describe(evaluation.metrics)}")
         record.evaluated = step
+        if figure is None:  # Nothing to judge by: a test set whose answers are kept secret.
+            return state, False
         improved = record.best is None or sign * figure < sign * record.best
         record.stale = 0 if improved else record.stale + 1
         if improved:
@@ -316,23 +323,27 @@ class Training:
             "data_wait_percent": record.data_wait_percent,
             "broken_images": len(record.broken | self._task.broken),
         }
-        return {
-            "model": self._task.name,
-            "params": self._task.parameters,
-            "step": step,
-            "epoch": step * self._task.examples_per_step / self._task.examples_per_epoch,
-            "train_top1_error": record.epoch_average("top1_error"),
-            f"best_{self._task.objective}": record.best,
-            "best_step": record.best_step,
-            "images_per_second": speed and speed * self._task.examples_per_step,
-            "seconds": record.seconds,
-        } | (streamed if self._task.streams else {})
+        train = {"train_top1_error": record.epoch_average("top1_error")}  # Of tasks that have one.
+        return (
+            {
+                "model": self._task.name,
+                "params": self._task.parameters,
+                "step": step,
+                "epoch": step * self._task.examples_per_step / self._task.examples_per_epoch,
+                f"best_{self._task.objective}": record.best,
+                "best_step": record.best_step,
+                "images_per_second": speed and speed * self._task.examples_per_step,
+                "seconds": record.seconds,
+            }
+            | (streamed if self._task.streams else {})
+            | (train if None not in train.values() else {})
+        )
 
-    def _report(self, summary: dict[str, Any], evaluation: Evaluation, protocol: str, name: str | None = None) -> None:
+    def _report(self, summary: dict[str, Any], evaluation: Evaluation, protocol: str, *names: str) -> None:
         """Writes ``predictions.npz`` and ``summary.json``, and says where they are."""
         if not distributed.leads():
             return
-        folder = results_folder(self._workdir, name or "", protocol)
+        folder = results_folder(self._workdir, *names, protocol)
         write_results(folder, summary | {"protocol": protocol}, evaluation)
         what = "test" if folder == self._workdir else f"test, {folder.name}"
         self._console.line(f"{what}: {describe(evaluation.metrics)}; wrote {folder}/summary.json")

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from resnet_jax.buckets import Folder
-from resnet_jax.output import make_folder, write_json, write_whole
+from resnet_jax.output import make_folder, write_files, write_json, write_whole
 from resnet_jax.training.task import Evaluation
 
 EVALUATED_WITH = "evaluated_with"  # In a summary: settings of the evaluation that are not the run's own.
@@ -29,9 +29,7 @@ def write_results(folder: Folder, summary: dict[str, Any], evaluation: Evaluatio
     """
     make_folder(folder)
     write_whole(folder / "predictions.npz", lambda file: np.savez(file, **evaluation.predictions))
-    for name, content in evaluation.files.items():
-        make_folder((folder / name).parent)
-        write_whole(folder / name, lambda file, content=content: file.write(content))
+    write_files(folder, evaluation.files)
     write_json(folder / "summary.json", summary | evaluation.metrics)
 
 

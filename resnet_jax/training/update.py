@@ -1,6 +1,5 @@
 """What a task's step does once it has its gradients, and the state that it starts from."""
 
-from collections.abc import Callable
 from typing import Any
 
 from flax import traverse_util
@@ -69,7 +68,7 @@ def apply_gradients(
     rate: jax.Array,
     optimizer: optax.GradientTransformationExtraArgs,
     ema: float,
-    hold: Callable[[Any], Any] = lambda updates: updates,
+    trained: Any = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the weights; the learning rate's rules are the caller's.
 
@@ -80,12 +79,20 @@ def apply_gradients(
       rate: the learning rate, float32 scalar.
       optimizer: of ``make_optimizer``.
       ema: decay of the average of weights and statistics; 0 for none.
-      hold: sets the updates of what stays as it is to zero.
+      trained: a tree of bools like ``grads``; where False, parameters stay as they are, whatever the optimizer decays.
+        None: all are trained.
 
     Returns:
-      The state after the step, and the scalars ``learning_rate``, ``gradient_norm`` and, of the updated weights,
-      ``weight_norm``.
+      The state after the step, and the scalars ``learning_rate``, ``gradient_norm`` (of what is trained) and, of the
+      updated weights, ``weight_norm``.
     """
+
+    def hold(tree: Any) -> Any:
+        if trained is None:
+            return tree
+        return jax.tree.map(lambda x, changes: x if changes else jnp.zeros_like(x), tree, trained)
+
+    grads = hold(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=rate)
     params, average = optax.apply_updates(state.params, hold(updates)), state.average
     if ema:

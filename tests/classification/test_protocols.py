@@ -331,10 +331,7 @@ def test_training_with_a_protocol_writes_its_evaluation_beside_the_run_s_own(tra
 
 def test_evaluating_by_a_protocol_leaves_the_run_s_own_files(trained, folder):
     before = files_of(trained)
-    assert (
-        run_task(settings(folder, **{"eval.protocol": "multi_scale", "eval.scales": (32,)}), trained, "eval")
-        == 0
-    )
+    assert run_task(settings(folder, **{"eval.protocol": "multi_scale", "eval.scales": (32,)}), trained, "eval") == 0
     assert files_of(trained) == before
     summary = json.loads((trained / "eval/multi_scale/summary.json").read_text())
     predictions = np.load(trained / "eval/multi_scale/predictions.npz")

@@ -59,7 +59,8 @@ def test_gaps_in_the_ids_close_and_boxes_become_corners(tmp_path):
     assert empty.boxes.shape == (0, 4)
     assert [image.id for image in for_training(data).images] == [4]
     assert [image.id for image in for_training(data, difficult=True).images] == [4]
-    assert [len(image.boxes) for image in for_training(data, without_boxes=True).images] == [0, 2, 0]
+    assert [len(image.boxes) for image in for_training(data, without_boxes=True).images] == [1, 2, 0]
+    assert for_training(data, without_boxes=True).images[0].crowd.all()  # What lies in it is no background.
 
 
 def test_given_classes_set_the_order_of_the_labels(tmp_path):
@@ -103,7 +104,7 @@ def test_what_rounding_puts_outside_is_cut_back(tmp_path):
 @pytest.mark.parametrize(
     ("bbox", "fault"),
     [
-        ([20, 2, 11, 10], "bbox [20, 2, 11, 10] lies outside the image, which is 30 x 40"),
+        ([20, 2, 11, 10], "bbox [20, 2, 11, 10] lies outside the image, which is 30 x 40 as its annotation says"),
         ([-1, 2, 10, 10], "bbox [-1, 2, 10, 10] lies outside"),
         ([1, 2, 10, 0.0], "bbox [1, 2, 10, 0.0] is inverted or empty"),
         ([9, 2, -4, 10], "bbox [9, 2, -4, 10] is inverted or empty"),

@@ -78,7 +78,7 @@ def test_the_views_of_a_region_are_those_between_which_its_side_is_224():
     views = [np.rint(extent * scale).astype(np.int32) for scale in (1 / 3, 2 / 3, 1, 4 / 3, 5 / 3)]
     corner = random.uniform(0, 300, (2, 50, 2))
     regions = np.concatenate([corner, corner + np.exp(random.uniform(2, 6.5, (2, 50, 2)))], axis=-1).astype(np.float32)
-    got = np.asarray(inference.lower_view(jnp.asarray(regions), jnp.asarray(extent), views))
+    got = np.asarray(inference.lower_view(jnp.asarray(regions), jnp.asarray(extent), views, 224))
     for row in range(2):
         for box, lower in zip(regions[row], got[row], strict=True):
             side = np.sqrt((box[2] - box[0]) * (box[3] - box[1]))
@@ -97,15 +97,14 @@ def test_views_that_are_the_usual_scale_change_nothing(member):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
-def test_a_region_is_the_maximum_of_what_two_scales_show_of_it(member, monkeypatch):
-    monkeypatch.setattr(inference, "USUAL_SIDE", 30)
+def test_a_region_is_the_maximum_of_what_two_scales_show_of_it(member):
     small, large = rectangles(1, canvas=(64, 96)), rectangles(1, canvas=(128, 192))
     base, views = view(rectangles(1, canvas=(96, 144))), [view(small), view(rectangles(1)), view(large)]
     regions = jnp.array([[[3.0, 4, 99, 93], [10, 10, 26, 24]]])  # Of 92 and 15 pixels: views 0 and 1, 1 and 2.
     extents = [v.extent for v in views]
-    assert np.asarray(inference.lower_view(regions, base.extent, extents)).tolist() == [[0, 1]]
+    assert np.asarray(inference.lower_view(regions, base.extent, extents, 30)).tolist() == [[0, 1]]
     maps = [member.maps(v) for v in views]
-    got = inference.region_features(member, regions, member.maps(base), maps)
+    got = inference.region_features(member, regions, member.maps(base), maps, 30)
 
     def alone(number: int, region: int) -> np.ndarray:
         down, across = np.asarray(views[number].extent[0]) / np.asarray(base.extent[0])

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax.detection import roi
+from resnet_jax.detection import roi, roi_tiles
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -114,6 +114,16 @@ def align(features, boxes, size=(3, 4), scale=SCALE, samples=2, aligned=True, ex
     return roi.roi_align(features, boxes, size, scale, samples, aligned, extent)
 
 
+@functools.partial(jax.jit, static_argnames=("size", "scale", "samples", "aligned"))
+def align_by_tiles(features, boxes, size=(3, 4), scale=SCALE, samples=2, aligned=True, extent=None):
+    extents = (jnp.array(features.shape[:2] if extent is None else extent),)
+    level = jnp.zeros(len(boxes), jnp.int32)
+    return roi_tiles.align((features,), extents, boxes, level, size, (scale,), samples, aligned)
+
+
+BOTH_WAYS = pytest.mark.parametrize("align", [align, align_by_tiles])
+
+
 @pytest.mark.parametrize("size", [(3, 4), (14, 14)])
 def test_pooled_features_are_those_of_the_definition(size):
     found = pool(some_features(), some_boxes(), size)
@@ -144,7 +154,8 @@ def test_the_gradient_of_pooling_goes_to_the_first_of_the_largest():
 
 @pytest.mark.parametrize("samples", [0, 1, 2])
 @pytest.mark.parametrize("aligned", [True, False])
-def test_aligned_features_are_those_of_the_definition(samples, aligned):
+@BOTH_WAYS
+def test_aligned_features_are_those_of_the_definition(align, samples, aligned):
     found = align(some_features(), some_boxes(), samples=samples, aligned=aligned)
     # More samples than cells, which a box far beyond the map would ask for, are not taken.
     boxes = some_boxes()
@@ -152,7 +163,59 @@ def test_aligned_features_are_those_of_the_definition(samples, aligned):
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_aligned_features_are_those_of_detectron2s_test():
+@BOTH_WAYS
+def test_bins_of_k_cells_have_k_samples(align):
+    # 7 k cells, for which a product with 1/7 in place of the division would ask for up to k + 1 samples a bin.
+    features = np.random.default_rng(5).normal(size=(100, 100, 1)).astype(np.float32)
+    cells = 7 * np.arange(1, 13)
+    rest = 100 - cells
+    boxes = np.stack([rest // 2, rest // 3, rest // 2 + cells, rest // 3 + cells], axis=1).astype(np.float32)
+    boxes = np.concatenate([boxes, boxes + np.float32([0, 0, 1, -1])])
+    found = align(features, boxes * 4, (7, 7), 1 / 4, samples=0)
+    np.testing.assert_allclose(found, roi_align_by_hand(features, boxes, (7, 7), 1.0, 0, True), atol=1e-4)
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+def test_tiles_of_a_pyramid_are_its_levels_matrices(samples, monkeypatch):
+    monkeypatch.setattr(roi_tiles, "TILES", 8)  # Long regions have more tiles.
+    rng = np.random.default_rng(6)
+    shapes, scales, padding = [(70, 90), (35, 45), (18, 23)], (1 / 4, 1 / 8, 1 / 16), 3
+    maps = [rng.normal(size=(2, *shape, 2)) for shape in shapes]
+    extents = tuple(np.array([shape, np.array(shape) - padding], np.int32) for shape in shapes)
+    boxes = np.sort(rng.uniform(-30, 390, (2, 9, 2, 2)), axis=2).reshape(2, 9, 4)
+    special = [[0, 0, 360, 9], [3, 0, 5, 280], [-99, -99, -50, -50], [20, 20, 20, 60], [60, 60, 50, 50]]
+    boxes = np.concatenate([boxes, np.tile(special, (2, 1, 1))], axis=1)
+    level = rng.integers(0, 3, boxes.shape[:2])
+    boxes[1, :3] = 0  # Fewer tiles than the other image.
+    weight = rng.normal(size=(2, 14, 3, 4, 2))
+
+    @jax.vmap
+    def tiles(maps, extents, boxes, level):
+        return roi_tiles.align(maps, extents, boxes, level, (3, 4), scales, samples)
+
+    def matrices(maps, extents, boxes, level):
+        found = 0
+        for number, (features, own) in enumerate(zip(maps, extents, strict=True)):
+            one = functools.partial(align, scale=scales[number], samples=samples)
+            each = jax.vmap(lambda x, y, z, one=one: one(x, y, extent=z))(features, boxes, own)
+            found = jnp.where((level == number)[..., None, None, None], each, found)
+        return found
+
+    def value_and_gradient(way):
+        def total(maps):
+            return (weight * jnp.sin(way(maps, extents, boxes, level))).sum()
+
+        return jax.jit(jax.value_and_grad(total))(maps)
+
+    with jax.enable_x64(True):
+        found, expected = value_and_gradient(tiles), value_and_gradient(matrices)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), found, expected)
+        assert all(np.abs(gradient).max() > 0.1 for gradient in found[1])
+        assert all((gradient[1, -padding:] == 0).all() for gradient in found[1])
+
+
+@BOTH_WAYS
+def test_aligned_features_are_those_of_detectron2s_test(align):
     features = np.arange(25, dtype=np.float32).reshape(5, 5, 1)
     box = np.array([[1, 1, 3, 3]], np.float32)
     corrected = [[4.5, 5, 5.5, 6], [7, 7.5, 8, 8.5], [9.5, 10, 10.5, 11], [12, 12.5, 13, 13.5]]
@@ -178,7 +241,7 @@ def test_aligned_features_are_those_of_pytorchs_grid_sample():
         np.testing.assert_allclose(align(features, boxes)[number], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("function", [pool, align])
+@pytest.mark.parametrize("function", [pool, align, align_by_tiles])
 def test_gradients_are_those_of_finite_differences(function):
     features = some_features(np.float64)
     weight = np.random.default_rng(2).normal(size=(21, 3, 4, CHANNELS))
@@ -189,7 +252,7 @@ def test_gradients_are_those_of_finite_differences(function):
         np.testing.assert_allclose(gradient, by_hand.numeric_gradient(total, features), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("function", [pool, align, functools.partial(align, samples=0)])
+@pytest.mark.parametrize("function", [pool, align, align_by_tiles, functools.partial(align, samples=0)])
 def test_padding_the_map_changes_nothing(function):
     padded = np.pad(some_features(), ((0, 4), (0, 2), (0, 0)), constant_values=99)
     extent = np.array([HEIGHT, WIDTH], np.int32)
@@ -217,7 +280,7 @@ def test_rois_taken_a_few_at_a_time_are_the_same(function, monkeypatch):
     np.testing.assert_allclose(parts[1], whole[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("function", [pool, align])
+@pytest.mark.parametrize("function", [pool, align, align_by_tiles])
 def test_a_batch_of_images_and_low_precision(function):
     images = np.stack([some_features(), some_features()[::-1]]).astype(jnp.bfloat16)
     boxes = np.stack([some_boxes(), some_boxes()[::-1]])
@@ -228,13 +291,13 @@ def test_a_batch_of_images_and_low_precision(function):
         np.testing.assert_array_equal(found[number], expected.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("function", [roi.roi_pool, roi.roi_align])
+@pytest.mark.parametrize("function", [roi.roi_pool, roi.roi_align, align_by_tiles])
 def test_eight_devices_give_what_one_does(function, monkeypatch):
     monkeypatch.setattr(roi, "CHUNK_ELEMENTS", 4 * 7 * CHANNELS * 8)
     rng = np.random.default_rng(4)
     images = rng.normal(size=(8, HEIGHT, WIDTH, CHANNELS)).astype(np.float32)
     boxes = np.stack([some_boxes()[rng.permutation(21)] for _ in range(8)])
-    one_image = jax.grad(lambda features, boxes: (function(features, boxes, 4, SCALE) ** 2).sum())
+    one_image = jax.grad(lambda features, boxes: (function(features, boxes, (4, 4), SCALE) ** 2).sum())
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("batch")
     whole = jax.vmap(one_image)
@@ -243,6 +306,6 @@ def test_eight_devices_give_what_one_does(function, monkeypatch):
 
 
 def test_boxes_have_no_gradient():
-    for function in (pool, align):
+    for function in (pool, align, align_by_tiles):
         gradient = jax.grad(lambda boxes, function=function: function(some_features(), boxes).sum())(some_boxes())
         assert (gradient == 0).all()

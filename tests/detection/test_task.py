@@ -12,7 +12,7 @@ from PIL import Image
 import pytest
 from refusals import usage_error
 
-from resnet_jax.config import check_task, load_config, override, validate
+from resnet_jax.config import check_task, flatten, load_config, override, validate
 from resnet_jax.detection.annotations import Detections
 from resnet_jax.detection.evaluation import figures
 from resnet_jax.detection.predict import pictures_of, predict, test_pictures as pictures_of_the_test_set
@@ -120,7 +120,9 @@ def test_evaluation_again_gives_the_same_and_other_thresholds_may_be_asked_for(t
     assert run_task(settings(), workdir, "eval") == 0
     assert summary(workdir) == before
     assert run_task(settings(detection__detections="2"), workdir, "eval") == 0
-    assert summary(workdir)["detections"] == 20 < before["detections"]
+    other = summary(workdir / "eval/detections=2")
+    assert other["detections"] == 20 < before["detections"]
+    assert other["evaluated_with"] == {"detection.detections": 2} and summary(workdir) == before
 
 
 @pytest.mark.slow
@@ -183,8 +185,6 @@ def test_a_classifiers_layers_are_the_backbone_and_a_detectors_everything(traine
 def open_of(config, workdir):
     """A run of a config whose weights are those it starts from."""
     workdir.mkdir()
-    from resnet_jax.config import flatten
-
     (workdir / "config.json").write_text(json.dumps(flatten(config)))
     return open_run(workdir, "detection")
 
@@ -192,6 +192,23 @@ def open_of(config, workdir):
 def same(some, others) -> None:
     for one, other in zip(jax.tree.leaves(some), jax.tree.leaves(others), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_two_devices_train_and_find_what_one_does(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("resnet_jax.distributed.jax.devices", lambda: jax.local_devices()[:2])
+    assert run_task(settings(), tmp_path / "run", "train") == 0
+    for one, other in zip(leaves(trained), leaves(tmp_path / "run"), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    assert summary(tmp_path / "run")["examples"] == 10
+
+
+@pytest.mark.slow
+def test_a_test_set_whose_boxes_are_kept_secret_gets_its_files(tmp_path):
+    assert run_task(settings(detection__labelled="false", steps="1"), tmp_path / "run", "train") == 0
+    found = summary(tmp_path / "run")
+    assert found["examples"] == 10 and "map" not in found and found["best_map"] is None
+    assert len(json.loads((tmp_path / "run/detections.json").read_text())) == found["detections"]
 
 
 def test_the_figure_that_counts_is_the_one_asked_for():
@@ -214,12 +231,12 @@ MISTAKES = {
     "model.num_classes=7, but the data have 5": {"model__num_classes": "7"},
     "data.mean=channel: of task=detection it is imagenet or none": {"data__mean": "channel"},
     "eval.every looks at figures": {"detection__labelled": "false", "eval__every": "2"},
-    "cannot be a detector's backbone": {"model__name": "cifar_plain20", "detection__neck": "fpn"},
+    "detection.neck=fpn goes with ImageNet's": {"model__name": "cifar_plain20", "detection__neck": "fpn"},
     "init.weights=/nowhere: no such file": {"init__weights": "/nowhere"},
 }
 
 
-@pytest.mark.parametrize("message", [m for m in MISTAKES if "backbone" not in m])
+@pytest.mark.parametrize("message", MISTAKES)
 def test_mistakes_are_one_line_before_anything_is_written(message, tmp_path):
     assert message in usage_error(run_task, settings(**MISTAKES[message]), tmp_path / "run", "train")
     assert not (tmp_path / "run").exists()

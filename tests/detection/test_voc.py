@@ -129,10 +129,16 @@ def test_a_secret_test_set_is_listed_without_annotations(year):
     assert "c.jpg: not a readable image" in usage_error(read_voc, str(year), "test", labelled=False)
 
 
+def test_boxes_of_tools_that_count_from_zero_begin_at_the_edge(year):
+    write_image(year, "b", object_xml("cat", (0, 0, 39, 29)), object_xml("cat", (1, 1, 39, 29)))
+    first = next(image for image in read_voc(str(year), "trainval").images if image.id == "b")
+    np.testing.assert_array_equal(first.boxes, [[0, 0, 39, 29]] * 2)
+
+
 @pytest.mark.parametrize(
     ("box", "fault"),
     [
-        ((0, 1, 5, 5), "box (0, 1, 5, 5) of 'dog' lies outside the image, which is 40 x 30"),
+        ((-1, 1, 5, 5), "box (-1, 1, 5, 5) of 'dog' lies outside the image, which is 40 x 30 as its annotation says"),
         ((1, 1, 41, 5), "box (1, 1, 41, 5) of 'dog' lies outside"),
         ((1, 1, 5, 31), "box (1, 1, 5, 31) of 'dog' lies outside"),
         ((9, 1, 5, 5), "box (9, 1, 5, 5) of 'dog' is inverted or empty"),

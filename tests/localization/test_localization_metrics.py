@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from resnet_jax.localization.metrics import localization_errors, overlaps, right_guesses
+from resnet_jax.detection.average_precision import overlaps
+from resnet_jax.localization.metrics import localization_errors, right_guesses
 
 TRUTH = np.array([[0, 0, 10, 10]], np.float32)
 HALF, LESS = (0, 0, 10, 5), (0, 0, 10, 4.99)  # IoU .5, which is enough, and less.

@@ -7,9 +7,9 @@ import pytest
 from tiny_localizer import CLASSES, RESIDENT, SETTINGS, random_variables, tiny_localizer, training_batch
 
 from resnet_jax.config import default_config
+from resnet_jax.detection.average_precision import overlaps
 from resnet_jax.distributed import batch_sharding, make_mesh, replicated
 from resnet_jax.localization import steps
-from resnet_jax.localization.metrics import overlaps
 from resnet_jax.localization.settings import make_settings
 from resnet_jax.training.optimizer import make_optimizer
 
@@ -30,7 +30,7 @@ def variables(model):
 
 @pytest.fixture(scope="module")
 def anchors(model):
-    return jnp.asarray(model.anchors(8, 8))
+    return model.anchors(8, 8)
 
 
 def pixels(batch):
@@ -137,7 +137,7 @@ def test_the_losses_are_those_of_the_definition(model, losses, all_outputs, othe
     settings = make_settings(SETTINGS, other_classes=other_classes)
     found, _ = losses(batch, settings)
     logits, codes = all_outputs(batch)
-    anchors = model.anchors(3, 3)
+    anchors = np.asarray(model.anchors(3, 3))
     total = {"class_loss": 0.0, "box_loss": 0.0}
     for row, label in enumerate(batch["labels"]):
         key = jax.random.fold_in(jax.random.fold_in(SEED, 0), row)
@@ -187,7 +187,7 @@ def test_inference_gives_the_likeliest_boxes_of_each_class_in_the_image_s_pixels
     found = jax.jit(steps.make_inference_step(model, SETTINGS))(variables, inputs, RESIDENT)
     assert found["boxes"].shape == (3, 2, 6, 4)
     logits, codes = all_outputs(batch)
-    anchors = model.anchors(3, 3).astype(np.float64)
+    anchors = np.asarray(model.anchors(3, 3), np.float64)
     centre, side = (anchors[:, 2:] + anchors[:, :2]) / 2, anchors[:, 2:] - anchors[:, :2]
     for row in range(3):
         for place, label in enumerate(classes[row]):

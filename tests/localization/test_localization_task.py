@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from resnet_jax.config import default_config, flatten
-from resnet_jax.detection.shapes import CLASSES
+from resnet_jax.detection.shapes import CLASSES, shapes
 from resnet_jax.distributed import make_mesh
 from resnet_jax.errors import UsageError
 from resnet_jax.localization.data import Split
-from resnet_jax.localization.one_shape import one_shape
 from resnet_jax.localization.task import Localization
 from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.pretrained.load import Pretrained
+from resnet_jax.pretrained.preprocessing import Preprocessing
 from resnet_jax.training.loop import Training
 from resnet_jax.training.workdir import open_workdir
 
@@ -27,14 +27,14 @@ def tiny(monkeypatch, train: int, test: int, widths=(4, 8), crop=48, **settings)
     row = functools.partial(ResNet, blocks=(1,) * len(widths), widths=widths, stem_width=widths[0])
     monkeypatch.setitem(MODELS, "tiny", row)
     config = default_config()
-    config.model.name = "tiny"
+    config.task, config.model.name = "localization", "tiny"
     config.data.image_size, config.data.scales, config.data.flip = crop, (crop + 4, crop * 3 // 2), True
     config.data.workers = 2
     config.eval.resize, config.eval.scales = crop * 7 // 6, (crop * 7 // 6,)
     config.schedule.name, config.log.tensorboard = "cosine", False
     given = {"anchor_sizes": (0.3 * crop, 0.6 * crop), "anchor_ratios": (1.0,), "rpn_width": 32} | settings
     config.localization.update(given)
-    return config, {name: Split(*one_shape(count, 0, name)) for name, count in (("train", train), ("test", test))}
+    return config, {name: Split(*shapes(count, 0, name, most=1)) for name, count in (("train", train), ("test", test))}
 
 
 def run(config, splits, mesh, workdir):
@@ -75,9 +75,9 @@ def test_the_loop_trains_it_and_reports_its_errors(monkeypatch, tmp_path, one_de
 def test_it_starts_from_a_classifier_s_weights_less_its_head(monkeypatch, one_device):
     config, splits = tiny(monkeypatch, train=4, test=2)
     config.steps = 2
-    shapes = jax.eval_shape(MODELS["tiny"](num_classes=7).init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    wanted = jax.eval_shape(MODELS["tiny"](num_classes=7).init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     random = np.random.default_rng(0)
-    variables = jax.tree.map(lambda leaf: random.uniform(0.5, 1, leaf.shape).astype(np.float32), shapes)
+    variables = jax.tree.map(lambda leaf: random.uniform(0.5, 1, leaf.shape).astype(np.float32), wanted)
     config.init.weights = "weights"
     state = Localization(
         config, one_device, Pretrained({}, variables, None, None, "made"), splits=splits
@@ -86,13 +86,38 @@ def test_it_starts_from_a_classifier_s_weights_less_its_head(monkeypatch, one_de
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params["backbone"]), backbone)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.batch_stats["backbone"]), variables["batch_stats"])
     again = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
-    whole = Localization(config, one_device, Pretrained({}, again, None, None, "made"), splits=splits).initial_state()
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole.params), again["params"])
+    whole = Pretrained({}, again, None, CLASSES, "made", task="localization")
+    state = Localization(config, one_device, whole, splits=splits).initial_state()
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), again["params"])
+    others = dataclasses.replace(whole, classes=("dog", *CLASSES[1:]))
+    with pytest.raises(UsageError, match=r"has the classes dog, cross, square, ... \(5\), and the data have circle, "):
+        Localization(config, one_device, others, splits=splits)
+    config.init.head = "replace"
+    del again["params"]["rpn"]["scores"]  # Outputs of other classes are not looked at.
+    state = Localization(config, one_device, others, splits=splits).initial_state()
+    kept = jax.device_get(state.params["rpn"])
+    jax.tree.map(np.testing.assert_array_equal, kept["conv"], again["params"]["rpn"]["conv"])
+    assert set(kept) == {"conv", "scores", "boxes"} and not kept["boxes"]["bias"].any()
     del variables["params"]["stage2"]
     with pytest.raises(
         UsageError, match=r"init.weights=weights does not fit model.name=tiny: params/backbone/stage2/.* is missing"
     ):
         Localization(config, one_device, Pretrained({}, variables, None, None, "made"), splits=splits)
+
+
+def test_it_sees_images_as_its_weights_did(monkeypatch, one_device):
+    config, splits = tiny(monkeypatch, train=2, test=1)
+    config.steps, config.init.weights = 2, "weights"
+    seen = Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), image_size=40, resize=44, interpolation="bicubic")
+    wanted = jax.eval_shape(MODELS["tiny"](num_classes=7).init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), wanted)
+    start = Pretrained({}, variables, seen, None, "made")
+    found = Localization(config, one_device, start, splits=splits).description["preprocessing"]
+    assert (found["image_size"], found["resize"], found["interpolation"]) == (40, 44, "bicubic")
+    np.testing.assert_allclose((found["mean"], found["std"]), (seen.mean, seen.std), rtol=1e-6)
+    explicit = ("data.image_size", "eval.resize")  # The command line's.
+    found = Localization(config, one_device, start, explicit, splits).description["preprocessing"]
+    assert (found["image_size"], found["resize"], found["interpolation"]) == (48, 56, "bicubic")
 
 
 def test_mistakes_of_the_config_are_named(monkeypatch, one_device):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from tiny_localizer import CLASSES, SETTINGS, random_variables, tiny_localizer
 
+from resnet_jax.detection.network import trained
 from resnet_jax.errors import UsageError
-from resnet_jax.localization.network import PerClass, create_localizer, initialise, trained
+from resnet_jax.localization.network import PerClass, create_localizer, initialise
 from resnet_jax.localization.settings import make_settings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -56,7 +57,7 @@ def test_outputs_lie_in_the_order_of_the_anchors(model, variables):
 
 
 def test_anchors_are_centred_in_their_cells(model):
-    anchors = model.anchors(2, 3)
+    anchors = np.asarray(model.anchors(2, 3))
     assert model.stride == 32 and anchors.shape == (24, 4) and anchors.dtype == np.float32
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
     np.testing.assert_allclose(centres[::PER_CELL], [(16, 16), (48, 16), (80, 16), (16, 48), (48, 48), (80, 48)])

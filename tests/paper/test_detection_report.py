@@ -1,7 +1,6 @@
 """Detection on the report's pages: whose average precision stands where, curves, and pictures of what was found."""
 
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -9,62 +8,19 @@ import pytest
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
+from detection_runs import PAPER_S_COCO, SHAPES, WEIGHTS, coco, shapes, voc, write_run
 from PIL import Image
 from report_pages import called, report
 
 from resnet_jax.config import flatten, load_config
-from resnet_jax.detection.voc import CLASSES as VOC
-from resnet_jax.paper.page import MISSING
-from resnet_jax.paper.tables import (
+from resnet_jax.paper.detection_tables import (
     TABLE_7_VOC07,
     TABLE_7_VOC12,
     TABLE_9_TEST,
     TABLE_9_VAL,
     TABLE_13,
 )
-
-SHAPES = ("circle", "square")
-COCO = tuple(f"class {number}" for number in range(80))
-# COCO's numbers of its 80 classes: ten of the 90 were never used.
-COCO_IDS = [number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
-PAPER_S_COCO = {"data.train_split": "train2014", "data.test_split": "val2014"}
-WEIGHTS = {"init.weights": "/weights/resnet101.safetensors"}
-
-
-def write_run(
-    folder: pathlib.Path, config: str, step: int, classes=VOC, examples=4952, found=None, protocol="center", **changes
-) -> pathlib.Path:
-    """A detection run's work directory as the run would leave it; ``found`` are the summary's figures."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(flatten(load_config(config)) | changes))
-    ids = COCO_IDS if len(classes) == 80 else list(range(1, len(classes) + 1))
-    (folder / "data.json").write_text(json.dumps({"classes": classes, "category_ids": ids, "examples": 16_551}))
-    results = folder if protocol == "center" else folder / "eval" / protocol
-    results.mkdir(parents=True, exist_ok=True)
-    summary = {"step": step, "train_top1_error": None, "seconds": 600.0, "images_per_second": 4.0, "examples": examples}
-    (results / "summary.json").write_text(json.dumps(summary | (found or {})))
-    lines = [{"step": at, "train_loss": 2.0 - at, "train_rpn_objectness_loss": 0.5} for at in (1, 2, 3)]
-    lines += [{"step": at, "test_map": 30.0 * at} for at in (1, 2)]
-    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    # Detections, of other arrays than a classification's.
-    np.savez(folder / "predictions.npz", index=np.zeros(1), boxes=np.zeros((1, 4)))
-    return folder
-
-
-def voc(folder: pathlib.Path, mean: float, step: int = 110_000, examples: int = 4952, **changes) -> pathlib.Path:
-    found = {"map": mean, "ap50_11_point": mean, "ap50": mean + 1}
-    return write_run(folder, "detection/voc", step, VOC, examples, found, **WEIGHTS | changes)
-
-
-def coco(folder: pathlib.Path, ap50: float, ap: float, protocol: str = "center", **changes) -> pathlib.Path:
-    found = {"map": ap, "coco/AP": ap, "coco/AP50": ap50, "ap50": ap50, "ap50_11_point": ap50}
-    changes = WEIGHTS | PAPER_S_COCO | changes
-    return write_run(folder, "detection/coco", 320_000, COCO, 40_504, found, protocol, **changes)
-
-
-def shapes(folder: pathlib.Path, **changes) -> pathlib.Path:
-    found = {"map": 84.8, "ap50": 84.8, "ap50_11_point": 81.1, "ap50/circle": 94.8, "ap50/square": 74.8}
-    return write_run(folder, "detection/shapes", 800, SHAPES, 300, found, **changes)
+from resnet_jax.paper.page import MISSING
 
 
 def test_the_tables_are_those_of_the_paper():
@@ -114,7 +70,6 @@ def test_of_several_seeds_the_best_has_the_most(tmp_path):
     [
         ({"data.train_split": "07_trainval"}, "with data.train_split: 07+12 -> 07_trainval"),
         ({"detection.neck": "fpn"}, "with detection.neck: c4 -> fpn"),
-        ({"detection.roi": "pool"}, "with detection.roi: align -> pool"),
         ({"optimizer.weight_decay": 1e-4}, "with optimizer.weight_decay: 0.0005 -> 0.0001"),
         # Not learnt, but it changes what is measured.
         ({"detection.refine": True}, "with detection.refine: False -> True"),
@@ -138,6 +93,41 @@ def test_how_map_is_counted_and_where_the_images_lie_are_no_differences(tmp_path
         report(tmp_path, voc(tmp_path / "mine", 77.0, **changes)).row(TABLE_7_VOC07.title, "ResNet-101")["ours"]
         == "77.0"
     )
+
+
+def test_the_paper_s_pooling_is_the_paper_s_experiment_and_is_named(tmp_path):
+    run = voc(tmp_path / "mine", 76.5, **{"detection.roi": "pool"})
+    row = report(tmp_path, run).row(TABLE_7_VOC07.title, "ResNet-101")
+    assert (row["ours"], row[""]) == ("76.5", "mine, from resnet101.safetensors, RoI pooling")
+
+
+def test_of_either_pooling_both_are_named(tmp_path):
+    for seed, roi in enumerate(("align", "pool")):
+        voc(tmp_path / "mine" / f"seed_{seed}", 76.0 + seed, seed=seed, **{"detection.roi": roi})
+    row = report(tmp_path, tmp_path / "mine").row(TABLE_7_VOC07.title, "ResNet-101")
+    assert row[""].endswith("from resnet101.safetensors, RoIAlign and RoI pooling")
+
+
+def test_a_run_from_a_detector_s_weights_is_not_the_plain_experiment(tmp_path):
+    first = coco(tmp_path / "first", 48.0, 27.0)
+    runs = [voc(tmp_path / "mine", 80.0, **{"init.weights": str(first), "init.head": "replace"}),
+            voc(tmp_path / "again", 77.0, **{"init.weights": str(tmp_path / "mine")}),
+            voc(tmp_path / "gone", 81.0, **{"init.weights": "/elsewhere/coco", "init.head": "replace"})]  # fmt: skip
+    row = report(tmp_path, *runs).row(TABLE_7_VOC07.title, "ResNet-101")
+    assert row["ours"] == MISSING
+    assert row[""] == "; ".join(
+        f"{figure} from a detector's weights ({name})"
+        for figure, name in (("80.0", "mine"), ("77.0", "again"), ("81.0", "gone"))
+    )
+
+
+def test_a_run_from_a_classification_of_ours_is_the_plain_experiment(tmp_path):
+    network = tmp_path / "imagenet_101"
+    network.mkdir()
+    (network / "config.json").write_text(json.dumps(flatten(load_config("imagenet_101"))))
+    run = voc(tmp_path / "mine", 76.5, **{"init.weights": str(network)})
+    row = report(tmp_path, run).row(TABLE_7_VOC07.title, "ResNet-101")
+    assert (row["ours"], row[""]) == ("76.5", "mine, from imagenet_101")
 
 
 def test_each_improvement_has_its_row_and_a_run_stands_in_one_of_them(tmp_path):

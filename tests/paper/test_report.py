@@ -16,9 +16,11 @@ from report_pages import called, report
 from resnet_jax import UsageError
 from resnet_jax.classification.predict import imagenet_names
 from resnet_jax.config import flatten, load_config
+from resnet_jax.paper import detection_tables, tables
 from resnet_jax.paper.page import MISSING
-from resnet_jax.paper.tables import TABLE_3, TABLE_5, TABLE_6, TABLES
+from resnet_jax.paper.tables import TABLE_3, TABLE_5, TABLE_6
 
+TABLES = (*tables.TABLES, *detection_tables.TABLES)
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
