@@ -20,7 +20,7 @@ def get_config():
     config.data.std = "imagenet"
     config.data.flip = True
     config.batch_size = 8
-    config.steps = 1200
+    config.steps = 1000
     config.optimizer.weight_decay = 1e-4
     config.optimizer.clip_norm = 10.0
     config.schedule.name = "cosine"

@@ -255,12 +255,23 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.constant(self.scale_init), (channels,), dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), dtype)
         groups = count_channel_groups(self.batch_norm, channels)
-        grouped = x.astype(dtype).reshape(len(x), -1, groups, channels // groups)
-        over = {"axis": (1, 3), "keepdims": True}
+        wide, positions = x.astype(dtype), math.prod(x.shape[1:-1])
+        own = wide
         if counted is not None:
-            over["where"] = counted.reshape(len(x), -1, 1, 1)
-        y = (grouped - grouped.mean(**over)) * jax.lax.rsqrt(grouped.var(**over) + self.epsilon)
-        return (y.reshape(x.shape) * scale + bias).astype(self.dtype)
+            own = jnp.where(counted[..., None], wide, 0)
+            positions = counted.sum(tuple(range(1, counted.ndim)), dtype=dtype)[:, None]
+        over = tuple(range(1, x.ndim - 1))
+
+        def of_groups(sums: jax.Array) -> jax.Array:
+            """Sums over positions [N, C] -> means over groups, for each channel [N, C]."""
+            means = (sums / positions).reshape(len(x), groups, -1).mean(-1)
+            return jnp.repeat(means, channels // groups, axis=-1)
+
+        # In one pass, and over whole channels first: reductions over parts of a pixel are slow on CPUs.
+        mean, square = of_groups(own.sum(over)), of_groups(jnp.square(own).sum(over))
+        factor = scale * jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + self.epsilon)
+        factor, shift = (array.reshape(len(x), *(1,) * len(over), channels) for array in (factor, bias - mean * factor))
+        return (wide * factor + shift).astype(self.dtype)
 
 
 def normalisation(

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 from functools import partial
 import pathlib
-import re
 import time
 from typing import Any
 
@@ -15,14 +14,13 @@ import ml_collections
 from resnet_jax import distributed, peers
 from resnet_jax.config import flatten
 from resnet_jax.errors import UsageError
-from resnet_jax.fields import OF_EVALUATION
 from resnet_jax.planning.memory import is_out_of_memory
 from resnet_jax.training.checkpoints import Checkpoints, SaveFailed
 from resnet_jax.training.dispatch import Dispatch
 from resnet_jax.training.metrics import Console, MetricsWriter
 from resnet_jax.training.prefetch import Prefetch
 from resnet_jax.training.record import Diverged, Record
-from resnet_jax.training.results import EVALUATED_WITH, describe, write_results
+from resnet_jax.training.results import describe, other_settings, write_results
 from resnet_jax.training.signals import Stopped, StopSignal
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Evaluation, Task
@@ -33,11 +31,6 @@ EXIT_DIVERGED = EXIT_NOT_SAVED = 1
 
 def _next_multiple(step: int, every: int, end: int) -> int:
     return min(end, (step // every + 1) * every) if every else end
-
-
-def _plain(value: Any) -> str:
-    """A setting's value as part of a folder's name."""
-    return re.sub(r"[^\w.+-]+", ",", "-".join(map(str, value)) if isinstance(value, list) else str(value).lower())
 
 
 def _polling(stop: StopSignal, step: int) -> Callable[[], None]:
@@ -141,11 +134,8 @@ class Training:
                 return stop.exit_status
         before = read_json(self._workdir / "summary.json")
         summary = before if before and before.get("step") == step else self._summary(step, record)
-        now, own = flatten(self._config), read_json(self._workdir / "config.json") or {}
-        other = {field: now[field] for field in OF_EVALUATION if now[field] != own.get(field, now[field])}
-        # Beside the run's own results, which they don't replace.
-        names = [name or "", *(f"{field.split('.')[-1]}={_plain(value)}" for field, value in other.items())]
-        self._report(summary | ({EVALUATED_WITH: other} if other else {}), evaluation, protocol, *names)
+        other, names = other_settings(flatten(self._config), read_json(self._workdir / "config.json") or {})
+        self._report(summary | other, evaluation, protocol, name or "", *names)
         return 0
 
     def _look(self, state: TrainState, split: str, step: int, stop: StopSignal, protocol: str = CENTER) -> Evaluation:

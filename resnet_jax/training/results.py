@@ -1,10 +1,12 @@
 """What an evaluation leaves behind: ``predictions.npz``, ``summary.json``, and a line for people."""
 
+import re
 from typing import Any
 
 import numpy as np
 
 from resnet_jax.buckets import Folder
+from resnet_jax.fields import OF_EVALUATION
 from resnet_jax.output import make_folder, write_files, write_json, write_whole
 from resnet_jax.training.task import Evaluation
 
@@ -31,6 +33,26 @@ def write_results(folder: Folder, summary: dict[str, Any], evaluation: Evaluatio
     write_whole(folder / "predictions.npz", lambda file: np.savez(file, **evaluation.predictions))
     write_files(folder, evaluation.files)
     write_json(folder / "summary.json", summary | evaluation.metrics)
+
+
+def other_settings(now: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """In what an evaluation differs from the run's own: its results stand beside those, which they don't replace.
+
+    Args:
+      now: the flat config that it is done with.
+      own: the run's.
+
+    Returns:
+      What is added to the summary, and parts of the folder's name, as ``refine=true``; nothing of either where none
+      differs.
+    """
+    other = {field: now[field] for field in OF_EVALUATION if now[field] != own.get(field, now[field])}
+    return {EVALUATED_WITH: other} if other else {}, [f"{f.split('.')[-1]}={_plain(v)}" for f, v in other.items()]
+
+
+def _plain(value: Any) -> str:
+    """A setting's value as part of a folder's name."""
+    return re.sub(r"[^\w.+-]+", ",", "-".join(map(str, value)) if isinstance(value, list) else str(value).lower())
 
 
 def title(metric: str) -> str:

@@ -28,7 +28,10 @@ PYRAMIDS = {
     "vgg": ([(4, 5)], [16]),
     "fpn": ([(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)], [4, 8, 16, 32, 64]),
 }
-OF_EACH_KIND = pytest.mark.parametrize("kind", KINDS, indirect=True)
+SLOW = pytest.mark.slow
+OF_EACH_KIND = pytest.mark.parametrize(
+    "kind", [kind if kind == "c4" else pytest.param(kind, marks=SLOW) for kind in KINDS], indirect=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +170,7 @@ def test_what_is_drawn_does_not_depend_on_the_other_images(variables, forward):
     assert (forward(variables, later)[0].anchors.indices != found.anchors.indices).any()
 
 
-@pytest.mark.parametrize("kind", ["c4", "vgg"], indirect=True)
+@pytest.mark.parametrize("kind", ["c4", pytest.param("vgg", marks=SLOW)], indirect=True)
 def test_dropout_is_drawn_anew_for_each_image_and_each_epoch(kind, variables, forward):
     first = {name: x[:1] for name, x in pictures().items()}
     batch = {name: np.concatenate([x, x, x]) for name, x in first.items()}
@@ -246,7 +249,7 @@ def on_one_device_and_on_eight(kind: str, what: str):
     return model, start, results
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize(
     ("kind", "what"),
     [("c4", "training"), ("vgg", "training"), ("fpn", "training"), ("c4", "inference"), ("fpn", "inference")],
@@ -263,7 +266,7 @@ def test_a_step_changes_all_but_what_is_frozen(kind):
     assert same == jax.tree.map(lambda changes: not changes, trained(model, start.params))
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_detector_learns_its_picture_and_what_is_frozen_stays(model):
     config = config_for(0.03, weight_decay=5e-4)
     config.schedule.name = "linear"

@@ -43,12 +43,14 @@ def found(members, views=(), settings=FINDS, batch=None):
     return [{name: x[row][out["valid"][row]] for name, x in out.items()} for row in range(len(out["valid"]))]
 
 
+@pytest.mark.slow
 def test_a_detector_twice_finds_what_it_finds_alone(member):
     for one, other in zip(found([member]), found([member, member]), strict=True):
         for name in ("boxes", "scores", "labels"):
             np.testing.assert_allclose(one[name], other[name], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_ensemble_looks_at_all_proposals_and_takes_the_mean(member):
     members = [member, Member(member.model, other_variables(member))]
     base = view(rectangles(2))
@@ -97,6 +99,7 @@ def test_views_that_are_the_usual_scale_change_nothing(member):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_region_is_the_maximum_of_what_two_scales_show_of_it(member):
     small, large = rectangles(1, canvas=(64, 96)), rectangles(1, canvas=(128, 192))
     base, views = view(rectangles(1, canvas=(96, 144))), [view(small), view(rectangles(1)), view(large)]
@@ -119,6 +122,7 @@ def test_a_region_is_the_maximum_of_what_two_scales_show_of_it(member):
         np.testing.assert_allclose(got[0, region, :width], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_refinement_of_an_ensemble_pools_each_regions_best_box_again(member):
     members = [member, Member(member.model, other_variables(member))]
     base = view(rectangles(1))

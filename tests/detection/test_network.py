@@ -91,7 +91,7 @@ def test_layers_begin_as_in_faster_rcnn():
     [("pool", False, 6, 3), ("align", True, 6, 3), ("pool", True, 14, 7), ("align", False, 7, 7)],
 )
 def test_outputs_of_c4_are_those_of_the_parts_applied_by_hand(pooling, context, size, left):
-    model = tiny_detector(roi=pooling, context=context, pooled=size)
+    model = tiny_detector(roi=pooling, context=context, pooled=size, last_stride=size // left)
     variables = random_variables(model)
     extent = np.full((2, 2), (HEIGHT, WIDTH), np.int32)
     apply = jax.jit(functools.partial(model.apply))

@@ -62,6 +62,7 @@ def test_the_whole_image_at_the_training_size_says_what_the_crop_does(split, loo
         np.testing.assert_allclose(dense[i]["boxes"], centre[i]["boxes"], rtol=0, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_every_scale_is_a_pass_over_every_image(look):
     made = Made(*(rectangle(i, 60 + 30 * i, 100, (5, 5, 50, 50)) for i in range(4)))
     split = Split(made.annotations, made.content)

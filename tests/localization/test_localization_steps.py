@@ -218,6 +218,7 @@ def test_where_there_are_fewer_anchors_than_candidates_the_rest_is_empty(model, 
     assert not boxes[~there].any() and (boxes >= 0).all() and (boxes <= (96, 32, 96, 32)).all()
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one_does():
     batch = training_batch(8, size=32)
     with jax.enable_x64(True):

@@ -52,6 +52,7 @@ def one_device():
 
 
 @pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.slow
 def test_the_loop_trains_it_and_reports_its_errors(monkeypatch, tmp_path, one_device):
     config, splits = tiny(monkeypatch, train=8, test=5)
     config.batch_size, config.steps, config.log.every, config.schedule.learning_rate = 4, 4, 2, 0.01
