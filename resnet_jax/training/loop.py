@@ -313,21 +313,18 @@ class Training:
             "data_wait_percent": record.data_wait_percent,
             "broken_images": len(record.broken | self._task.broken),
         }
-        train = {"train_top1_error": record.epoch_average("top1_error")}  # Of tasks that have one.
-        return (
-            {
-                "model": self._task.name,
-                "params": self._task.parameters,
-                "step": step,
-                "epoch": step * self._task.examples_per_step / self._task.examples_per_epoch,
-                f"best_{self._task.objective}": record.best,
-                "best_step": record.best_step,
-                "images_per_second": speed and speed * self._task.examples_per_step,
-                "seconds": record.seconds,
-            }
-            | (streamed if self._task.streams else {})
-            | (train if None not in train.values() else {})
-        )
+        objective = self._task.objective
+        return {
+            "model": self._task.name,
+            "params": self._task.parameters,
+            "step": step,
+            "epoch": step * self._task.examples_per_step / self._task.examples_per_epoch,
+            f"train_{objective}": record.epoch_average(objective),
+            f"best_{objective}": record.best,
+            "best_step": record.best_step,
+            "images_per_second": speed and speed * self._task.examples_per_step,
+            "seconds": record.seconds,
+        } | (streamed if self._task.streams else {})
 
     def _report(self, summary: dict[str, Any], evaluation: Evaluation, protocol: str, *names: str) -> None:
         """Writes ``predictions.npz`` and ``summary.json``, and says where they are."""
