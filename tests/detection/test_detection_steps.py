@@ -259,6 +259,7 @@ def test_eight_devices_do_what_one_does(kind, what):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), *results)
 
 
+@SLOW
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_changes_all_but_what_is_frozen(kind):
     model, start, ((state, _), _) = on_one_device_and_on_eight(kind, "training")
