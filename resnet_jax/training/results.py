@@ -10,6 +10,7 @@ from resnet_jax.fields import OF_EVALUATION
 from resnet_jax.output import make_folder, write_files, write_json, write_whole
 from resnet_jax.training.task import Evaluation
 
+_OF_PROTOCOLS = ("eval.scales", "detection.test_scales", "detection.test_side")  # Those name a folder already.
 EVALUATED_WITH = "evaluated_with"  # In a summary: settings of the evaluation that are not the run's own.
 # Percentages that people look for first, and what they call them.
 _HEADLINES = {
@@ -47,7 +48,8 @@ def other_settings(now: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, 
       differs.
     """
     other = {field: now[field] for field in OF_EVALUATION if now[field] != own.get(field, now[field])}
-    return {EVALUATED_WITH: other} if other else {}, [f"{f.split('.')[-1]}={_plain(v)}" for f, v in other.items()]
+    names = [f"{field.split('.')[-1]}={_plain(value)}" for field, value in other.items() if field not in _OF_PROTOCOLS]
+    return {EVALUATED_WITH: other} if other else {}, names
 
 
 def _plain(value: Any) -> str:
