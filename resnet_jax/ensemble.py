@@ -53,10 +53,11 @@ def main(overrides: list[tuple[str, str]]) -> int:
 
 
 def _are_detectors(runs: list[str]) -> bool:
-    from resnet_jax.run import read_config
+    from resnet_jax.training.workdir import read_json
 
     folders = [open_folder("--runs", run) for run in runs if not run.endswith(".npz")]
-    return any(read_config(folder)[0].task == "detection" for folder in folders if is_folder(folder))
+    configs = [read_json(folder / "config.json") or {} for folder in folders if is_folder(folder)]
+    return any(config.get("task") == "detection" for config in configs)
 
 
 def _detect(runs: list[str], output: pathlib.Path | None) -> int:
