@@ -3,9 +3,9 @@
     python -m resnet_jax.main --config=detection/coco --config.data.dir=COCO --config.init.weights=resnet101.safetensors
 
 COCO holds annotations/instances_train2017.json, train2017/, ... --config.data.train_split=train2014
---config.data.test_split=val2014 are the paper's splits; 2017's, the default, have 118k images to train. 240,000 steps at
-0.001, 80,000 at 0.0001, 8 images a step and anchors of 64 pixels are the paper's; not yet trained here. A few boxes of
-train2017 are empty: they are left out and named.
+--config.data.test_split=val2014 are the paper's splits; 2017's, the default, have 118k images to train. 240,000 steps
+at 0.001, 80,000 at 0.0001, 8 images a step and anchors of 64 pixels are the paper's; not yet trained here. A few boxes
+of train2017 are empty: they are left out and named.
 """
 
 from resnet_jax.config import load_config

@@ -4,9 +4,9 @@
       --config.model.name=resnet50_v1_5 --config.init.weights=resnet50.safetensors
 
 VOC's: Annotations/*.xml, JPEGImages/*, ImageSets/Main/{train,test}.txt. COCO's: annotations/instances_{train,test}.json
-and train/*, test/*; or {train,test}/_annotations.coco.json beside the images, as labelling tools export it. The test set
-may be called val or valid; --config.data.train_split and --config.data.test_split name others. Without weights:
---config=detection/bccd.
+and train/*, test/*; or {train,test}/_annotations.coco.json beside the images, as labelling tools export it. The test
+set may be called val or valid; --config.data.train_split and --config.data.test_split name others. Without weights:
+--config.model.batch_norm=global --config.model.freeze_at=0.
 """
 
 from resnet_jax.config import load_config

@@ -4,8 +4,9 @@
       --config.init.weights=resnet101.safetensors
 
 FOLDER is VOC's layout or COCO's, each image with the boxes of one class. The true class is given to the test, unless
---config.localization.predictions=runs/imagenet_101/predictions.npz says a classification's. The paper, ResNet-101: 13.3%
-top-5 error by one crop of the true class, 11.7% densely (--config.eval.protocol=multi_scale), 14.4% of predicted classes.
+--config.localization.predictions=runs/imagenet_101/predictions.npz says a classification's. The paper, ResNet-101:
+13.3% top-5 error by one crop of the true class, 11.7% densely (--config.eval.protocol=multi_scale), 14.4% of predicted
+classes; not yet trained here.
 """
 
 from resnet_jax.config import default_config
