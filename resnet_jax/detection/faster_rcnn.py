@@ -99,7 +99,7 @@ class FasterRCNN(nn.Module):
     @property
     def strides(self) -> tuple[int, ...]:
         """Pixels per cell of each map."""
-        raise NotImplementedError
+        raise NotImplementedError  # A neck's part: this class alone is no detector.
 
     @property
     def sizes_of_levels(self) -> tuple[tuple[float, ...], ...]:
@@ -108,11 +108,11 @@ class FasterRCNN(nn.Module):
 
     def shared_maps(self, images: jax.Array, train: bool) -> Levels:
         """The maps of [n, H, W, 3], within ``masked_padding``; what they hold beyond the images has no meaning."""
-        raise NotImplementedError
+        raise NotImplementedError  # A neck's part: this class alone is no detector.
 
     def look(self, regions: jax.Array, count: int, train: bool, keys: jax.Array | None) -> jax.Array:
         """Regions [count R, pooled, pooled, C], image by image -> their vectors [count R, D]; see region_features."""
-        raise NotImplementedError
+        raise NotImplementedError  # A neck's part: this class alone is no detector.
 
     def setup(self):
         per_cell = len(self.sizes_of_levels[0]) * len(self.anchor_ratios)

@@ -140,11 +140,7 @@ def make_train_step(
             )
             return sum(parts.values()), (parts, updated.get("batch_stats", {}))
 
-        (loss, (parts, stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
-        rate = schedules.learning_rate(config.schedule, schedule(state.step), state.schedule)
-        changes, ema = trained(model, state.params), config.optimizer.ema
-        state, norms = update.apply_gradients(state, grads, stats, rate, optimizer, ema, changes)
-        return state, {"loss": loss, **parts} | norms
+        return update.descend(state, total_loss, schedule, optimizer, config, trained(model, state.params))
 
     return step
 

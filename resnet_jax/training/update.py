@@ -1,5 +1,6 @@
 """What a task's step does once it has its gradients, and the state that it starts from."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import traverse_util
@@ -102,3 +103,30 @@ def apply_gradients(
     )
     norms = {"gradient_norm": optax.tree.norm(grads), "weight_norm": optax.tree.norm(params)}
     return state, {"learning_rate": rate} | norms
+
+
+def descend(
+    state: TrainState,
+    total_loss: Callable[[Any], tuple[jax.Array, tuple[dict[str, jax.Array], Any]]],
+    schedule: Callable[[jax.Array], jax.Array],
+    optimizer: optax.GradientTransformationExtraArgs,
+    config: ml_collections.ConfigDict,
+    trained: Any,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step down the gradient of a loss of several parts.
+
+    Args:
+      state: before the step.
+      total_loss: parameters -> the loss, a scalar, and (its parts by name, the new ``batch_stats``).
+      schedule: of ``schedules.make_schedule``.
+      optimizer: of ``make_optimizer``.
+      config: the whole config.
+      trained: as of ``apply_gradients``.
+
+    Returns:
+      The state after it, and scalars: ``loss``, its parts, and those of ``apply_gradients``.
+    """
+    (loss, (parts, stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
+    rate = schedules.learning_rate(config.schedule, schedule(state.step), state.schedule)
+    state, norms = apply_gradients(state, grads, stats, rate, optimizer, config.optimizer.ema, trained)
+    return state, {"loss": loss, **parts} | norms
