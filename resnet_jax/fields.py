@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import re
 from typing import Any
 
 
@@ -29,6 +30,10 @@ TWO = Limit(lambda values: len(values) == 2 and min(values) > 0, "must be two wh
 POSITIVES = Limit(lambda values: values and all(value > 0 for value in values), "must be numbers above zero")
 FOUR_POSITIVES = Limit(
     lambda values: len(values) == 4 and all(value > 0 for value in values), "must be four numbers above zero"
+)
+STEPS = Limit(
+    lambda text: not text or bool((found := re.fullmatch(r"(\d+):(\d+)", text)) and 0 < int(found[1]) <= int(found[2])),
+    "must be as 10:15, which means from step 10 to step 15",
 )
 SEED = Limit(lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32")  # Of JAX's keys.
 
@@ -69,6 +74,11 @@ _FIELDS = (
     Field("model.freeze_at", 0, "", "What training leaves as it is: so many leading parts (the stem, stage 1, ...; VGG:"
           " its stages); 0 nothing.", NOT_NEGATIVE),
     Field("model.width", 1.0, "", "Channels of a residual net's layers, times the paper's.", POSITIVE),
+    Field("model.scan", "auto", "", "Run long stretches of identical blocks as a loop, which compiles in the same time"
+          " at any depth: true, false, or auto (true but on CPUs, where convolutions are slow in loops).",
+          ("auto", "true", "false"), recipe=False, tasks=("classification",)),
+    Field("model.remat", False, "", "Keep only the blocks' inputs for the backward pass and compute the rest again:"
+          " memory for time (residual nets).", recipe=False, tasks=("classification",)),
     Field("model.zero_init_last", False, "", "Start the last BN scale of each block at zero (residual nets)."),
     Field("data.source", "digits", "", "Where images come from: digits, cifar, image_folder, tfds, array_record (what"
           " `python -m resnet_jax.prepare` writes) or ilsvrc (ImageNet's tar files); for detection voc, coco, folder"
@@ -268,6 +278,8 @@ _FIELDS = (
     Field("log.every", 100, "iterations", "Write metrics so often. An accelerator runs the"
           " steps between two log lines at once.", POSITIVE, recipe=False),
     Field("log.tensorboard", True, "", "Write TensorBoard events too.", recipe=False),
+    Field("profile.steps", "", "iterations", "Write a trace of the steps from one to another, as 10:15, into the work"
+          " directory's profile/, for TensorBoard and Perfetto; empty: none.", STEPS, recipe=False),
     Field("deterministic", False, "", "Bit-exact reruns on GPUs, slower (CPUs and TPUs are exact anyway).",
           recipe=False),
     Field("init.weights", "", "path", "Start from these weights: a file (.safetensors; torch's, Caffe's, Keras's), the"

@@ -19,6 +19,7 @@ from resnet_jax.errors import UsageError
 from resnet_jax.fields import FIELDS
 from resnet_jax.localization.task import Localization
 from resnet_jax.locks import lock
+from resnet_jax.models.stacking import per_block
 from resnet_jax.output import write_json
 from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.save import save_safetensors
@@ -110,7 +111,7 @@ def _run(
             state = task.calibrated(state, poll)
             if not distributed.leads():
                 return state
-            found = Pretrained.of_run(task.description, jax.device_get(state.variables))
+            found = Pretrained.of_run(task.description, per_block(jax.device_get(state.variables)))
             found = dataclasses.replace(found, history={"source": f"{workdir.name}, calibrated (a run of ours)"})
             save_safetensors(workdir / CALIBRATED, config.model.name, found)
             print(f"wrote {workdir / CALIBRATED}", flush=True)

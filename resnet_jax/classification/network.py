@@ -1,10 +1,42 @@
 """From a config to a network and its optimizer, without data."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from flax import linen as nn
 import ml_collections
 
+from resnet_jax.distributed import platform
 from resnet_jax.errors import UsageError
 from resnet_jax.models.layers import count_groups
+from resnet_jax.models.registry import create_model
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.training.network import model_settings
+
+
+def make_model(
+    config: ml_collections.ConfigDict, num_classes: int | None = None, settings: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The network that a config describes, its long runs of identical blocks stored together (``models.stacking``).
+
+    How it is stored follows from the network alone, so that checkpoints move between devices; how it is run
+    (``model.scan``, ``model.remat``) does not change what is stored.
+
+    Args:
+      config: the whole config.
+      num_classes: length of the logits.
+      settings: attributes that the weights need, which go before the config's.
+
+    Raises:
+      UsageError: no such network, or it can't be run so.
+    """
+    model = create_model(num_classes=num_classes, **model_settings(config.model) | (settings or {}))
+    scan, remat = config.model.scan, config.model.remat
+    if isinstance(model, ResNet):
+        return model.clone(stacked=True, scan=scan == "true" or (scan == "auto" and platform() != "cpu"), remat=remat)
+    if remat or scan == "true":
+        raise UsageError(f"model.{'remat' if remat else 'scan'}: {config.model.name} has no residual blocks")
+    return model
 
 
 def rate_factors(config: ml_collections.ConfigDict, model: nn.Module) -> dict[str, float]:

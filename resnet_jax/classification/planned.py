@@ -14,11 +14,9 @@ from resnet_jax import distributed
 from resnet_jax.classification import network, steps
 from resnet_jax.errors import UsageError
 from resnet_jax.models.layers import storage_dtype
-from resnet_jax.models.registry import create_model
 from resnet_jax.planning.estimate import Compiled, Estimate, compile_step, estimate
 from resnet_jax.planning.memory import group_of, largest_that_fits, unit_of
 from resnet_jax.planning.topology import Topology
-from resnet_jax.training.network import model_settings
 from resnet_jax.training.optimizer import make_optimizer
 
 
@@ -81,7 +79,7 @@ def abstract_step(
     data, known = config.data, known_data(config)
     distributed.check_batch("batch_size", config.batch_size, mesh, config.optimizer.accumulate)
     network.check_groups(config, mesh.size)
-    model = create_model(num_classes=known.classes, **model_settings(config.model))
+    model = network.make_model(config, known.classes)
     optimizer = make_optimizer(config.optimizer, network.rate_factors(config, model))
     step = steps.make_train_step(model, optimizer, config, _total_steps(config, known) or 1, mesh.size)
 

@@ -7,6 +7,7 @@ import math
 import sys
 from typing import Any
 
+from flax import linen as nn
 import jax
 from jax import numpy as jnp
 import ml_collections
@@ -14,18 +15,18 @@ import numpy as np
 
 from resnet_jax import distributed
 from resnet_jax.classification import calibrate, protocols, steps
-from resnet_jax.classification.network import check_groups, rate_factors
+from resnet_jax.classification.network import check_groups, make_model, rate_factors
 from resnet_jax.classification.scores import mean_scores
 from resnet_jax.data.feed import make_feeds
 from resnet_jax.distributed import shard_batch
 from resnet_jax.errors import UsageError
+from resnet_jax.models import stacking
 from resnet_jax.models.layers import storage_dtype
-from resnet_jax.models.registry import create_model
 from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.preprocessing import Preprocessing
 from resnet_jax.pretrained.start import with_preprocessing
 from resnet_jax.training import update
-from resnet_jax.training.network import model_settings, width_setting
+from resnet_jax.training.network import width_setting
 from resnet_jax.training.optimizer import make_optimizer
 from resnet_jax.training.prefetch import Prefetch
 from resnet_jax.training.state import TrainState
@@ -63,8 +64,7 @@ class Classification:
         distributed.check_batch("batch_size", config.batch_size, mesh, config.optimizer.accumulate)
         check_groups(config, mesh.size)
         # Its mistakes are cheaper to find than the data.
-        settings = model_settings(config.model) | self._settings
-        self.model = create_model(**settings)
+        self.model = make_model(config, None, self._settings)
         self._feeds, self.classes = make_feeds(config, mesh, storage_dtype(self.model.dtype), given)
         classes = config.model.num_classes or len(self.classes)
         if classes != len(self.classes):
@@ -72,7 +72,7 @@ class Classification:
                 f"model.num_classes={classes}, but {config.data.source} has {len(self.classes)} classes"
                 f" ({', '.join(self.classes[:3])}, ...)"
             )
-        self.model = create_model(num_classes=classes, **settings)
+        self.model = self.model.clone(num_classes=classes)
         train = self._feeds["train"]
         self.image_shape = train.image_shape
         self._optimizer = make_optimizer(config.optimizer, rate_factors(config, self.model))
@@ -90,6 +90,8 @@ class Classification:
                 print(f"warning: the weights' classes have other names than the data's ({was!r}, {now!r}, ...); their"
                       " order must be the same", file=sys.stderr, flush=True)  # fmt: skip
             check_weights(self._weights, shapes, config)
+            wanted = _weights_of(shapes)
+            self._weights = {name: stacking.stack(part, wanted[name]) for name, part in self._weights.items()}
         self._eval_step = jax.jit(steps.make_eval_step(self.model))
 
         self.name = config.model.name
@@ -171,7 +173,8 @@ class Classification:
         if protocol == protocols.CENTER:
             found = self.look(self.single_view(self._eval_step, split), split, state, poll)
         else:
-            passes = protocols.make_passes(protocol, self.model, state.variables, feed, self._config, devices)
+            model, state = self.per_block(state)
+            passes = protocols.make_passes(protocol, model, state.variables, feed, self._config, devices)
             found = mean_scores([self.look(one, split, state, poll) for one in passes])
         if not len(found["index"]):
             raise UsageError(f"none of the {feed.examples} images of the {split} set can be read")
@@ -210,6 +213,13 @@ class Classification:
         arrays = {name: np.concatenate([np.asarray(out[name]) for out in outputs]) for name in outputs[0]}
         valid = arrays.pop("valid")
         return {name: array[valid] for name, array in arrays.items()}
+
+    def per_block(self, state: TrainState) -> tuple[nn.Module, TrainState]:
+        """The network and its state with each block's arrays under its own name, for all that looks at blocks."""
+        if not getattr(self.model, "stacked", False):
+            return self.model, state
+        variables = distributed.replicate(self._mesh, stacking.per_block(jax.device_get(state.variables)))
+        return self.model.clone(stacked=False, scan=False), state.replace(**variables, average=None)
 
     def calibrated(self, state: TrainState, poll: Callable[[], None]) -> TrainState:
         """The state with BN statistics that are averages over the training set; what is evaluated has them.
@@ -251,7 +261,7 @@ def check_weights(weights: dict[str, Any], state: TrainState, config: ml_collect
     """Raises a UsageError that names the first array of ``weights`` which does not fit the network's ``state``."""
     given, wanted = (
         {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-        for tree in (weights, _weights_of(state))
+        for tree in (weights, jax.eval_shape(stacking.per_block, _weights_of(state)))
     )
     where = f"init.weights={config.init.weights} does not fit model.name={config.model.name}"
     head = "params/head/bias"

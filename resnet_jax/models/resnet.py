@@ -9,6 +9,7 @@ from jax import numpy as jnp
 from resnet_jax.errors import UsageError
 from resnet_jax.models.blocks import SHORTCUTS, Block
 from resnet_jax.models.layers import Conv, Head, MaxPool, average_pool, check_stage, normalisation, storage_dtype
+from resnet_jax.models.stacking import SHORTEST_RUN, run_name
 
 # Stem: (size, stride, whether a 3x3/2 max-pool follows); the paper's Table 1 and section 4.2.
 STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False)}
@@ -40,17 +41,38 @@ class Stem(nn.Module):
 
 
 class Stage(nn.Module):
-    """A run of blocks of one width; only the first one changes the shape: [N, H, W, C] -> [N, H', W', features]."""
+    """Blocks of one width; only the first one changes the shape: [N, H, W, C] -> [N, H', W', features].
+
+    The others are alike, and may be stored together (``stacking``) and scanned.
+    """
 
     blocks: int
     stride: int
     block: dict[str, Any]
+    stacked: bool
+    scan: bool
+    remat: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        for i in range(1, self.blocks + 1):
-            x = Block(stride=self.stride if i == 1 else 1, name=f"block{i}", **self.block)(x, train)
-        return x
+        def layer(number: int, name: str, scanned: bool = False) -> Block:
+            # A loop keeps forward and backward pass apart by itself.
+            kind = nn.remat(Block, static_argnums=2, prevent_cse=not scanned) if self.remat else Block
+            return kind(stride=self.stride if number == 1 else 1, name=name, **self.block)
+
+        x, rest = layer(1, "block1")(x, train), self.blocks - 1
+        if not self.stacked or rest < SHORTEST_RUN:
+            for number in range(2, self.blocks + 1):
+                x = layer(number, f"block{number}")(x, train)
+            return x
+        run = nn.scan(
+            lambda block, x: (block(x, train), None),
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=rest,
+            unroll=1 if self.scan else rest,
+        )
+        return run(layer(2, run_name(2, self.blocks), self.scan), x)[0]
 
 
 class ResNet(nn.Module):
@@ -78,6 +100,10 @@ class ResNet(nn.Module):
         (``layers.count_channel_groups``), under BN's names and without running statistics.
       freeze_at: how many of the leading ``parts`` training leaves as they are, statistics too: 0 none, 1 the stem, 2
         the stem and stage 1, ... (as detectron2 counts).
+      stacked: store runs of identical blocks together where they are long (``stacking``).
+      scan: run what is stored together as a loop, which compiles in a time that does not grow with depth; a loop is
+        slow where convolutions are library calls that loops hinder, as on CPUs (jax issue 12868).
+      remat: keep no more of a block than its input for the backward pass, and compute the rest again.
       last_stride: of the last stage: 2, or 1 where a detector pools regions to the 7x7 that it would leave.
       batch_norm_momentum: how much of the running statistics a step keeps.
       dtype: compute dtype.
@@ -100,6 +126,9 @@ class ResNet(nn.Module):
     batch_norm_momentum: float = 0.9
     freeze_at: int = 0
     last_stride: int = 2
+    stacked: bool = False
+    scan: bool = False
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @property
@@ -121,7 +150,7 @@ class ResNet(nn.Module):
         if len(strides) > 1:
             strides[-1] = self.last_stride
         self.stages = [
-            Stage(count, stride, block | {"features": width}, name=f"stage{i}")
+            Stage(count, stride, block | {"features": width}, self.stacked, self.scan, self.remat, name=f"stage{i}")
             for i, (count, stride, width) in enumerate(zip(self.blocks, strides, self.widths, strict=True), start=1)
         ]
         self.head = Head(self.num_classes, self.dtype)

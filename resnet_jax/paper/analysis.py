@@ -41,24 +41,25 @@ def analyse(folder: Folder, kinds: Collection[str], examples: int) -> None:
         if not isinstance(task.model, ResNet):
             print(f"{folder}: {task.name} has no residual or plain blocks to look at", flush=True)
             return
+        model, state = task.per_block(state)
         chosen = np.sort(np.random.default_rng(0).permutation(task.test_examples)[:examples]).astype(np.int32)
         probe = {"responses": _responses, "removal": _removal, "landscape": _landscape}
         for kind in wanted:
             print(f"{folder}: {kind}", flush=True)
-            known[kind] = of_this[kind] | probe[kind](task, state, chosen)
+            known[kind] = of_this[kind] | probe[kind](task, model, state, chosen)
             write_json(folder / ANALYSIS, known)
 
 
-def _responses(task: Classification, state: TrainState, chosen: np.ndarray) -> dict[str, Any]:
+def _responses(task: Classification, model: ResNet, state: TrainState, chosen: np.ndarray) -> dict[str, Any]:
     del chosen
-    step = jax.jit(probes.make_response_step(task.model))
+    step = jax.jit(probes.make_response_step(model))
     found = task.look(task.single_view(step, "test"), "test", state)
-    layers = probes.response_layers(task.model, state.variables, task.image_shape)
+    layers = probes.response_layers(model, state.variables, task.image_shape)
     return {"layers": list(layers), "deviations": probes.response_deviations(found).tolist()}
 
 
-def _removal(task: Classification, state: TrainState, chosen: np.ndarray) -> dict[str, Any]:
-    step, blocks = jax.jit(probes.make_removal_step(task.model)), probes.block_names(task.model)
+def _removal(task: Classification, model: ResNet, state: TrainState, chosen: np.ndarray) -> dict[str, Any]:
+    step, blocks = jax.jit(probes.make_removal_step(model)), probes.block_names(model)
 
     def error(removed: np.ndarray) -> float:
         one = task.single_view(partial(step, removed=removed), "test", chosen)
@@ -71,8 +72,8 @@ def _removal(task: Classification, state: TrainState, chosen: np.ndarray) -> dic
     return {"blocks": list(blocks), "whole": whole, "top1_errors": each, "examples": len(chosen)}
 
 
-def _landscape(task: Classification, state: TrainState, chosen: np.ndarray) -> dict[str, Any]:
-    one = task.single_view(jax.jit(make_eval_step(task.model)), "test", chosen)
+def _landscape(task: Classification, model: ResNet, state: TrainState, chosen: np.ndarray) -> dict[str, Any]:
+    one = task.single_view(jax.jit(make_eval_step(model)), "test", chosen)
     variables = jax.device_get(state.variables)
     distances, losses = np.linspace(-_REACH, _REACH, _POINTS), []
     for seed in range(_DIRECTIONS):

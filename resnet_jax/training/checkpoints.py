@@ -18,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from resnet_jax import distributed, peers
 from resnet_jax.buckets import absolute, in_bucket, move
 from resnet_jax.errors import UsageError
+from resnet_jax.models.stacking import per_block
 from resnet_jax.training import stored
 from resnet_jax.training.state import TrainState
 
@@ -291,7 +292,7 @@ def load_run_weights(run: str) -> dict[str, Any]:
       run: its work directory.
 
     Returns:
-      ``{"params": ..., "batch_stats": ...}`` of NumPy arrays.
+      ``{"params": ..., "batch_stats": ...}`` of NumPy arrays, each block's under its own name.
 
     Raises:
       UsageError: there is no such folder, no checkpoint in it, or none that is whole.
@@ -309,7 +310,7 @@ def load_run_weights(run: str) -> dict[str, Any]:
             continue
         for damaged, why in damage.items():
             _to_stderr(f"warning: {folder}/{damaged} is damaged ({why}); taking {step}, the one before")
-        return state["average"] or {name: state[name] for name in ("params", "batch_stats")}
+        return per_block(state["average"] or {name: state[name] for name in ("params", "batch_stats")})
     if damage:
         raise _all_damaged(folder, damage)
     raise UsageError(f"{run}: no checkpoint in it (expected the work directory of a run)")

@@ -7,6 +7,8 @@ from jax import numpy as jnp
 import ml_collections
 import optax
 
+from resnet_jax.models.stacking import in_run
+
 
 def scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
     """Multiplies updates by ``-learning_rate``, which each ``update`` is given: rules on errors decide it."""
@@ -36,7 +38,11 @@ def adapt_kernels(trust: float, weight_decay: float) -> optax.GradientTransforma
         if path[-1].key != "kernel":
             return gradient
         wide = jnp.promote_types(gradient.dtype, jnp.float32)
-        size, slope = (jnp.linalg.norm(array.astype(wide).ravel()) for array in (kernel, gradient))
+        # Blocks that are stored together have a norm each.
+        axes = tuple(range(1 if in_run(path) else 0, kernel.ndim))
+        size, slope = (
+            jnp.sqrt(jnp.square(array.astype(wide)).sum(axes, keepdims=True)) for array in (kernel, gradient)
+        )
         usable = (size > 0) & (slope > 0)
         ratio = jnp.where(usable, trust * size / jnp.where(usable, slope + weight_decay * size, 1), 1)
         return ratio.astype(gradient.dtype) * (gradient + weight_decay * kernel)
