@@ -14,6 +14,7 @@ from PIL import Image
 from resnet_jax.data.ilsvrc import class_numbers
 from resnet_jax.data.pictures import read_upright
 from resnet_jax.errors import UsageError
+from resnet_jax.models.fold import fold
 from resnet_jax.models.registry import create_model
 from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.preprocessing import Preprocessing
@@ -96,14 +97,14 @@ def predict(model: str, weights: Pretrained, paths: Sequence[str], batch: int = 
     if preprocessing is None:
         raise UsageError("the weights say nothing of their preprocessing (mean, deviation, size)")
     head = weights.variables["params"]["head"]
-    module = create_model(model, weights.num_classes, **weights.settings)
+    module, variables = fold(create_model(model, weights.num_classes, **weights.settings), weights.variables)
     last = f"stage{len(module.blocks)}"
     mapped = has_map(model, weights)
 
     @jax.jit
     def run(images: jax.Array) -> dict[str, jax.Array]:
-        features = module.apply(weights.variables, preprocessing.normalise(images), method="features")[last]
-        logits = module.apply(weights.variables, features, method="classify")
+        features = module.apply(variables, preprocessing.normalise(images), method="features")[last]
+        logits = module.apply(variables, features, method="classify")
         outputs = {"probabilities": jax.nn.softmax(logits), "features": features.mean((1, 2), dtype=jnp.float32)}
         if mapped:
             outputs["heatmap"] = activation_map(features, head["kernel"], logits.argmax(-1))

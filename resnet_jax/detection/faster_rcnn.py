@@ -1,6 +1,7 @@
 """Faster R-CNN: what a detector is, whatever stands between its backbone and its regions (``necks`` has those)."""
 
 from collections.abc import Sequence
+import contextlib
 from typing import Any
 
 from flax import linen as nn
@@ -71,7 +72,7 @@ class FasterRCNN(nn.Module):
     size, ``region_features`` makes a vector of each, ``head`` (a ``RegionHead``) says what those are. Parameters lie
     in ``backbone`` (a classification network's own names, less ``head``), ``rpn``, ``head``, and what a neck adds.
 
-    Padding changes nothing, except that BN that is not frozen takes its statistics over it.
+    Padding changes nothing: BN that is not frozen counts the images alone.
 
     A neck says which maps there are (``strides``, ``shared_maps``), which anchors they have (``sizes_of_levels``) and
     what is done with pooled regions (``look``).
@@ -160,16 +161,28 @@ class FasterRCNN(nn.Module):
         (features,), (own,), (stride,) = maps, map_extents, self.strides
         return POOLINGS[self.roi](features, rois, self.pooled, 1 / stride, extent=own)
 
-    def region_features(self, pooled: jax.Array, train: bool = False, keys: jax.Array | None = None) -> jax.Array:
+    def region_features(
+        self,
+        pooled: jax.Array,
+        train: bool = False,
+        keys: jax.Array | None = None,
+        counted: jax.Array | None = None,
+    ) -> jax.Array:
         """What ``head`` looks at: pooled regions -> [n, R, D], or with ``context`` [n, R, 2 D].
 
         Args:
           pooled: of ``pool``.
           train: whether BN that is not frozen takes its statistics of the regions, and outputs are dropped.
           keys: JAX keys [n], of which follows what is dropped of each image's; without dropout none are needed.
+          counted: regions that have a part in such statistics, bool [n, R]; None: all.
         """
-        count, regions = pooled.shape[:2]
-        x = self.look(pooled.reshape(-1, *pooled.shape[2:]), count, train, keys).reshape(count, regions, -1)
+        count, regions, *size = pooled.shape[:-1]
+        with contextlib.ExitStack() as stack:
+            if counted is not None:
+                counted = jnp.pad(counted, ((0, 0), (0, regions - counted.shape[1])), constant_values=True)
+                own = jnp.where(counted.reshape(-1, 1), jnp.array(size), 0)
+                stack.enter_context(masked_padding(tuple(size), own))
+            x = self.look(pooled.reshape(-1, *pooled.shape[2:]), count, train, keys).reshape(count, regions, -1)
         if not self.context:
             return x
         return jnp.concatenate([x[:, :-1], jnp.broadcast_to(x[:, -1:], x[:, :-1].shape)], axis=-1)
@@ -182,9 +195,10 @@ class FasterRCNN(nn.Module):
         extent: jax.Array,
         train: bool = False,
         keys: jax.Array | None = None,
+        counted: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Class logits [n, R, 1 + classes] and box codes [n, R, classes, 4] of regions: ``pool`` to ``head``."""
-        return self.head(self.region_features(self.pool(maps, map_extents, rois, extent), train, keys))
+        return self.head(self.region_features(self.pool(maps, map_extents, rois, extent), train, keys, counted))
 
 
 def drop_for_each_image(x: jax.Array, rate: float, keys: jax.Array, number: int) -> jax.Array:

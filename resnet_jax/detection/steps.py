@@ -80,7 +80,8 @@ def forward(network: FasterRCNN, images: jax.Array, batch: Batch, seed: int, set
     images_own = truth, map_extents, batch["extent"], batch["epoch"], batch["index"]
     anchors, rois, drop_keys = for_each_image(choose)(*outputs, *images_own)
     anchors, rois = jax.lax.stop_gradient((anchors, rois))
-    logits, codes = network.classify(maps, map_extents, rois.boxes, batch["extent"], train=True, keys=drop_keys)
+    regions = (maps, map_extents, rois.boxes, batch["extent"])
+    logits, codes = network.classify(*regions, train=True, keys=drop_keys, counted=rois.sampled)
     rpn_logits, rpn_codes = (jnp.concatenate(levels, axis=1) for levels in (rpn_logits, rpn_codes))
     return Forward(rpn_logits, rpn_codes, anchors, rois, logits, codes)
 

@@ -6,7 +6,7 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
-from resnet_jax.models.layers import BatchNorm, Conv, GroupNorm, normalisation
+from resnet_jax.models.layers import Conv, normalisation
 
 # How a block's two branches meet: the paper's options A, B and C, none (plain nets), or a gate (Highway nets).
 SHORTCUTS = ("A", "B", "C", "none", "gated")
@@ -73,7 +73,7 @@ class Block(nn.Module):
         width = self.features // 4
         return [(width, 1, first), (width, 3, middle), (self.features, 1, 1)]
 
-    def _norm(self, name: str, scale_init: float = 1.0) -> BatchNorm | GroupNorm:
+    def _norm(self, name: str, scale_init: float = 1.0) -> nn.Module:
         return normalisation(self.batch_norm, self.batch_norm_momentum, self.dtype, name, scale_init)
 
     def _shortcut(self, x: jax.Array, train: bool) -> jax.Array:

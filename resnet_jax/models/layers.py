@@ -174,9 +174,9 @@ def count_groups(batch_norm: str, batch: int) -> int:
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, statistics in float32 at least.
 
-    In training each group of examples (``count_groups``) is normalised by its own mean and biased variance. The
-    running ones are of the whole batch, merged from the groups' E[x] and E[x^2], so that they are the
-    same on every device: running = momentum * running + (1 - momentum) * batch.
+    In training each group of examples (``count_groups``) is normalised by its own mean and biased variance, of all
+    positions or those ``counted``, bool [N, H, W]. The running ones are of the whole batch, merged from the groups'
+    E[x] and E[x^2], the same on every device: running = momentum * running + (1 - momentum) * batch.
     """
 
     batch_norm: str = "global"
@@ -186,7 +186,7 @@ class BatchNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, counted: jax.Array | None = None) -> jax.Array:
         channels, dtype = x.shape[-1:], storage_dtype(self.dtype)
         scale = self.param("scale", nn.initializers.constant(self.scale_init), channels, dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), channels, dtype)
@@ -199,16 +199,35 @@ class BatchNorm(nn.Module):
         groups = count_groups(self.batch_norm, x.shape[0])
         grouped = x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).astype(dtype)
         axes = tuple(range(1, grouped.ndim - 1))
-        mean = grouped.mean(axes, keepdims=True)
-        square = jnp.square(grouped).mean(axes, keepdims=True)
+        own, positions, weights = grouped, math.prod(grouped.shape[1:-1]), None
+        if counted is not None:
+            counted = counted.reshape(*grouped.shape[:-1], 1)
+            own = jnp.where(counted, grouped, 0)
+            positions = counted.sum(axes, keepdims=True)
+            weights, positions = positions.reshape(groups), jnp.maximum(positions, 1)
+        mean = own.sum(axes, keepdims=True) / positions
+        square = jnp.square(own).sum(axes, keepdims=True) / positions
         var = jnp.maximum(square - jnp.square(mean), 0)
         if not self.is_initializing():
-            batch_mean = mean.mean(0).reshape(channels)
-            batch_var = jnp.maximum(square.mean(0).reshape(channels) - jnp.square(batch_mean), 0)
+            batch_mean, batch_square = (jnp.average(x, 0, weights).reshape(channels) for x in (mean, square))
+            batch_var = jnp.maximum(batch_square - jnp.square(batch_mean), 0)
             for running, batch in ((running_mean, batch_mean), (running_var, batch_var)):
                 running.value = self.momentum * running.value + (1 - self.momentum) * batch
         y = (grouped - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
         return y.reshape(x.shape).astype(self.dtype)
+
+
+class Bias(nn.Module):
+    """What is left of BN that is folded into the convolution before it (``fold``): a ``bias`` for each channel."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        if train:
+            raise UsageError("batch_norm=folded is for inference: what is trained is the network that fold was given")
+        bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:], storage_dtype(self.dtype))
+        return x + bias.astype(self.dtype)
 
 
 def is_group_norm(batch_norm: str) -> bool:
@@ -254,12 +273,11 @@ class GroupNorm(nn.Module):
         channels, dtype = x.shape[-1], storage_dtype(self.dtype)
         scale = self.param("scale", nn.initializers.constant(self.scale_init), (channels,), dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), dtype)
-        groups = count_channel_groups(self.batch_norm, channels)
-        wide, positions = x.astype(dtype), math.prod(x.shape[1:-1])
-        own = wide
+        groups, wide = count_channel_groups(self.batch_norm, channels), x.astype(dtype)
+        own, positions = wide, math.prod(x.shape[1:-1])
         if counted is not None:
             own = jnp.where(counted[..., None], wide, 0)
-            positions = counted.sum(tuple(range(1, counted.ndim)), dtype=dtype)[:, None]
+            positions = jnp.maximum(counted.sum(tuple(range(1, counted.ndim))), 1)[:, None]
         over = tuple(range(1, x.ndim - 1))
 
         def of_groups(sums: jax.Array) -> jax.Array:
@@ -274,10 +292,10 @@ class GroupNorm(nn.Module):
         return (wide * factor + shift).astype(self.dtype)
 
 
-def normalisation(
-    batch_norm: str, momentum: float, dtype: Any, name: str, scale_init: float = 1.0
-) -> BatchNorm | GroupNorm:
-    """The layer that ``batch_norm`` asks for, called with (x, train). Both have parameters ``scale`` and ``bias``."""
+def normalisation(batch_norm: str, momentum: float, dtype: Any, name: str, scale_init: float = 1.0) -> nn.Module:
+    """The layer that ``batch_norm`` asks for, called with (x, train). Norms have parameters ``scale`` and ``bias``."""
+    if batch_norm == "folded":
+        return Bias(dtype, name=name)
     if is_group_norm(batch_norm):
         return GroupNorm(batch_norm, scale_init=scale_init, dtype=dtype, name=name)
     return BatchNorm(batch_norm, momentum, scale_init=scale_init, dtype=dtype, name=name)

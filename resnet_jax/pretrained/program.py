@@ -6,6 +6,7 @@ import jax
 from jax import export, numpy as jnp
 
 from resnet_jax.errors import UsageError
+from resnet_jax.models.fold import fold
 from resnet_jax.models.registry import create_model, default_input
 from resnet_jax.output import write_whole
 from resnet_jax.pretrained.load import Pretrained
@@ -33,10 +34,11 @@ def save_program(path: pathlib.Path, model: str, weights: Pretrained) -> None:
     if weights.preprocessing is None:
         raise UsageError(f"{path}: the weights say nothing of their preprocessing, which is a part of the program")
     preprocessing: Preprocessing = weights.preprocessing
-    module = create_model(model, weights.num_classes, "float32", **weights.settings)
+    network = create_model(model, weights.num_classes, "float32", **weights.settings)
+    module, variables = fold(network, weights.variables)
 
     def logits(images: jax.Array) -> jax.Array:
-        return module.apply(weights.variables, preprocessing.normalise(images))
+        return module.apply(variables, preprocessing.normalise(images))
 
     size, channels = input_size(model, weights), len(preprocessing.mean)
     shape = export.symbolic_shape(f"n, {size}, {size}, {channels}")

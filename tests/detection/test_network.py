@@ -156,6 +156,56 @@ def test_nothing_beyond_the_image_is_seen(kind, batch_norm):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["c4", "fpn"])
+def test_with_trained_bn_padding_changes_no_output_statistic_or_gradient(kind):
+    images, down, right = some_images(), 46, 57
+    canvas = np.pad(images, ((0, 0), (0, down), (0, right), (0, 0)), constant_values=77)
+    extent = np.full((2, 2), (HEIGHT, WIDTH), np.int32)
+    with jax.enable_x64(True):
+        model = tiny_detector(kind, jnp.float64, freeze_at=0, batch_norm="global", context=True)
+        variables = random_variables(model)
+
+        def both(network, images):
+            maps, map_extents = network.features(images, extent, train=True)
+            return maps, network.classify(maps, map_extents, ROIS, extent, train=True)
+
+        @jax.jit
+        def learn(images):
+            def loss(params):
+                given = {**variables, "params": params}
+                (maps, outputs), updated = model.apply(given, images, method=both, mutable=["batch_stats"])
+                # Of the shared maps and of the regions: what is beyond the images is 0 in the maps, and adds nothing.
+                total = sum(jnp.sin(x).sum() for x in (*maps, *outputs))
+                return total, (outputs, updated["batch_stats"])
+
+            return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+        found, expected = learn(canvas), learn(images)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-8), found, expected)
+        statistics = expected[0][1][1]["backbone"]
+        assert not any((old == new).all() for old, new in zip(*map(jax.tree.leaves, (
+            variables["batch_stats"]["backbone"], statistics)), strict=True))  # fmt: skip
+
+
+def test_regions_that_only_fill_up_are_not_counted_by_trained_bn():
+    model = tiny_detector(batch_norm="global", freeze_at=0, context=True)
+    variables, random = random_variables(model), np.random.default_rng(1)
+    pooled = random.normal(size=(2, 4, 6, 6, 16)).astype(np.float32)  # The last of each image's is the whole image.
+    counted = np.array([[True, True, False], [True, False, False]])
+
+    @jax.jit
+    def look(pooled, counted):
+        return model.apply(variables, pooled, True, counted=counted, method="region_features", mutable=["batch_stats"])
+
+    features, stats = look(pooled, counted)
+    own = np.append(counted, [[True]] * 2, axis=1)[..., None, None, None]
+    filled = np.where(own, pooled, np.float32(7))
+    again, stats_again = look(filled, counted)
+    np.testing.assert_allclose(again[counted], features[counted], rtol=1e-5, atol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), stats_again, stats)
+    assert not np.allclose(look(filled, np.ones_like(counted))[0][counted], features[counted], rtol=1e-3)
+
+
 def test_what_training_leaves_as_it_is():
     def fixed(**settings):
         params = jax.eval_shape(functools.partial(initialise, model := tiny_detector(**settings)), jax.random.key(0))

@@ -105,5 +105,5 @@ def test_each_block_of_a_run_can_be_looked_at(runs):
 
 
 def test_nets_without_residual_blocks_can_not_be_scanned(tmp_path):
-    with pytest.raises(UsageError, match="model.scan: vgg16 has no residual blocks"):
+    with pytest.raises(UsageError, match=r"model\.scan: vgg16 has no residual blocks"):
         run_task(settings(**{"model.name": "vgg16", "model.scan": "true"}), tmp_path / "run", "train")
