@@ -14,19 +14,12 @@ NumPy's results and torchvision's, or nothing is measured.
 --config.model.name, --config.model.width, --config.detection.neck and all other fields change what is measured.
 """
 
-from collections.abc import Callable, Sequence
-import datetime
+from collections.abc import Sequence
 import functools
 import importlib.util
-import json
 import math
-import os
-import pathlib
-import platform
 import statistics
-import sys
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 from detection_cases import (
@@ -51,6 +44,8 @@ from detection_contenders import (
     torch_suppression,
 )
 import numpy as np
+import turns
+from turns import Contender, Row, require, spread
 
 from resnet_jax import cli, config as config_lib
 from resnet_jax.errors import UsageError
@@ -70,48 +65,9 @@ flags.DEFINE_string("json", None, "File that all turns are written to.")
 FLAGS = flags.FLAGS
 
 
-class Contender(NamedTuple):
-    """Who does the work; ``call`` returns when it is done."""
-
-    name: str
-    call: Callable[[], Any]
-
-
-class Row(NamedTuple):
-    """A measured piece of work: seconds a call of each contender, turn by turn; ``images`` where images count.
-
-    ``cpu`` are those that all cores spent on it.
-    """
-
-    what: str
-    images: int
-    turns: dict[str, list[float]]
-    cpu: dict[str, list[float]]
-
-
 def measure(what: str, contenders: Sequence[Contender], images: int = 0) -> Row:
-    """Lets contenders take turns; each has been called before: compiled and warm."""
-    turns: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    cpu: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for _ in range(FLAGS.repeats):
-        for name, call in contenders:
-            begun, spent, calls = time.perf_counter(), time.process_time(), 0
-            while not calls or time.perf_counter() - begun < FLAGS.seconds:
-                call()
-                calls += 1
-            turns[name].append((time.perf_counter() - begun) / calls)
-            cpu[name].append((time.process_time() - spent) / calls)
-    middle = {name: [1e3 * statistics.median(seconds[name]) for seconds in (turns, cpu)] for name in turns}
-    found = ", ".join(f"{name} {wall:.1f} ms (CPU {own:.1f})" for name, (wall, own) in middle.items())
-    print(f"{what}: {found}", file=sys.stderr, flush=True)
-    return Row(what, images, turns, cpu)
-
-
-def require(right: bool, message: str) -> None:
-    """Ends the program: wrong results are not measured."""
-    if not right:
-        print(f"WRONG: {message}", file=sys.stderr)
-        sys.exit(1)
+    """``turns.measure`` as the flags say."""
+    return turns.measure(what, contenders, FLAGS.repeats, FLAGS.seconds, images)
 
 
 def measure_networks(config, work: Sequence[str], peers: Sequence[str], device: str) -> tuple[list[Row], list[str]]:
@@ -208,13 +164,6 @@ def measure_regions(config, peers: Sequence[str], device: str) -> tuple[list[Row
     return rows, notes
 
 
-def spread(values: Sequence[float]) -> str:
-    """Median (least-most), in three digits."""
-    figures = (statistics.median(values), min(values), max(values))
-    middle, least, most = (f"{x:.3g}" if x < 1000 else f"{x:.0f}" for x in figures)
-    return f"{middle} ({least}-{most})"
-
-
 def table(rows: Sequence[Row], peers: Sequence[str]) -> str:
     """Markdown: images a second, or milliseconds a batch, and of each peer how many times as fast ours is."""
     head = ["work", "unit", OURS]
@@ -234,39 +183,15 @@ def table(rows: Sequence[Row], peers: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def versions(peers: Sequence[str]) -> str:
-    """Machine, versions, date and load."""
-    from importlib import metadata
-
-    import jax
-
-    packages = ["jax", "jaxlib", "flax", "numpy"] + (["torch", "torchvision"] if TORCHVISION in peers else ["scipy"])
-    found = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
-    accelerator = "" if jax.default_backend() == "cpu" else f"{jax.devices()[0].device_kind}, "
-    cores = len(os.sched_getaffinity(0))
-    processor = platform.processor() or platform.machine()
-    return (
-        f"{accelerator}{processor}, {cores} cores (load {os.getloadavg()[1]:.1f}); Python {platform.python_version()},"
-        f" {found}; {datetime.date.today()}"
-    )
-
-
 def choose_peers(backend: str) -> tuple[list[str], str, list[str]]:
     """Who is there of --peers, torch's name of the device, and notes."""
     unknown = set(FLAGS.peers) - {TORCHVISION, NUMPY}
     if unknown:
         raise UsageError(f"--peers={','.join(FLAGS.peers)}: {unknown.pop()} is unknown: {TORCHVISION}, {NUMPY}")
-    peers, device, notes = list(FLAGS.peers), {"cpu": "cpu", "gpu": "cuda"}.get(backend, ""), []
+    peers, device, notes = list(FLAGS.peers), "", []
     if TORCHVISION in peers:
-        reason = "" if importlib.util.find_spec("torchvision") else "is not installed"
-        if not reason:
-            import torch
-
-            if not device or (device == "cuda" and not torch.cuda.is_available()):
-                reason = f"sees no {backend}"
-            if device == "cuda":
-                torch.backends.cudnn.benchmark = True
-                torch.set_float32_matmul_precision("high")  # TF32, as JAX's default.
+        there = importlib.util.find_spec("torchvision")
+        device, reason = turns.torch_device(backend) if there else ("", "is not installed")
         if reason:
             peers.remove(TORCHVISION)
             notes.append(f"torchvision {reason}: not compared with")
@@ -277,9 +202,7 @@ def choose_peers(backend: str) -> tuple[list[str], str, list[str]]:
 
 def main(overrides: list[tuple[str, str]]) -> int:
     """Measures and prints the table."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants memory too.
-    # Where cores are shared, torch's threads that spin while they wait make it five times as slow as it is.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    turns.share_the_machine()
     config = config_lib.load_config(FLAGS.config)
     for name, value in overrides:
         config_lib.override(config, name, value)
@@ -310,17 +233,13 @@ def main(overrides: list[tuple[str, str]]) -> int:
                 found, said = step(peers, device)
                 rows, notes = rows + found, notes + said
     size = make_scene(config, 1)
-    command = " ".join(["python", "benchmarks/detection.py", *sys.argv[1:]])
-    print(
-        f"`{command}`: {config.model.name}, neck {config.detection.neck}, {FLAGS.batch} images of"
-        f" {size.size[0]}x{size.size[1]} on {size.canvas[0]}x{size.canvas[1]}; medians of {FLAGS.repeats} turns"
-        f" (least-most).\n{versions(peers)}.\n\n{table(rows, peers)}\n"
+    said = (
+        f"{config.model.name}, neck {config.detection.neck}, {FLAGS.batch} images of {size.size[0]}x{size.size[1]} on"
+        f" {size.canvas[0]}x{size.canvas[1]}; medians of {FLAGS.repeats} turns (least-most)."
     )
-    print("\n".join(f"- {note}" for note in notes))
-    if FLAGS.json:
-        content = {"command": command, "versions": versions(peers), "notes": notes}
-        content["rows"] = [row._asdict() for row in rows]
-        pathlib.Path(FLAGS.json).write_text(json.dumps(content, indent=1) + "\n")
+    packages = ("jax", "jaxlib", "flax", "numpy", *(("torch", "torchvision") if TORCHVISION in peers else ("scipy",)))
+    content = {"rows": [row._asdict() for row in rows]}
+    turns.report(said, turns.versions(packages), table(rows, peers), notes, FLAGS.json, content)
     return 0
 
 

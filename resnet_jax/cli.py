@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from resnet_jax import config as config_lib
+from resnet_jax import compilation, config as config_lib
 from resnet_jax.errors import UsageError
 
 _OVERRIDE = re.compile(r"--?config\.([^=]+)(?:=(.*))?", re.DOTALL)
@@ -65,6 +65,7 @@ def run(main: Callable[..., int | None], usage: str, needs: Sequence[str] = (), 
             for name in needs:
                 if not flags.FLAGS[name].value:
                     raise UsageError(f"--{name} is needed; --help says more")
+            compilation.keep_programs()
             status = main(overrides, list(argv[1:])) if takes_arguments else main(overrides)
             if _peers():
                 _peers().leave()

@@ -13,7 +13,7 @@ import os
 
 from absl import flags
 
-from resnet_jax import buckets, cli, config as config_lib
+from resnet_jax import buckets, cli, compilation, config as config_lib
 from resnet_jax.errors import UsageError
 
 cli.define_config_flags()
@@ -47,9 +47,11 @@ def main(overrides: list[tuple[str, str]]) -> int:
     if config.deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
 
-    from resnet_jax import cluster  # JAX starts here, after its settings.
+    from resnet_jax import cluster, peers  # JAX starts here, after its settings.
 
     cluster.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.start_seconds, FLAGS.peer_seconds)
+    if peers.peers():
+        compilation.keep_shared_programs()
     from resnet_jax.run import run_seeds, run_task
 
     explicit = [name for name, _ in overrides]

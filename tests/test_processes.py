@@ -239,8 +239,8 @@ def test_a_work_directory_that_is_not_shared_is_refused(tmp_path):
 def test_a_peer_that_never_comes_is_waited_for_no_longer_than_said(tmp_path):
     for number in (0, 1):
         began = time.monotonic()
-        end = finish([start(number, 2, free_port(), f"--workdir={tmp_path / 'run'}", TEN, "--start_seconds=4")])
-        refused(end, f"process {number} of 2", "not all processes have come at 127.0.0.1:", "within 4 s", status=69)
+        end = finish([start(number, 2, free_port(), f"--workdir={tmp_path / 'run'}", TEN, "--start_seconds=2")])
+        refused(end, f"process {number} of 2", "not all processes have come at 127.0.0.1:", "within 2 s", status=69)
         assert time.monotonic() - began < 30
     assert not (tmp_path / "run").exists()
 

@@ -10,10 +10,12 @@ import ml_collections
 import numpy as np
 
 from resnet_jax import distributed, peers
+from resnet_jax.buckets import Folder
 from resnet_jax.config import reads
 from resnet_jax.errors import UsageError
 from resnet_jax.planning import memory
 from resnet_jax.training.metrics import Console
+from resnet_jax.training.profile import Profile
 from resnet_jax.training.record import Window
 from resnet_jax.training.signals import StopSignal
 from resnet_jax.training.state import TrainState
@@ -25,6 +27,7 @@ class Dispatch:
 
     Attributes:
       window: the metrics of the steps that were not looked at yet.
+      profile: the trace of some of the steps, where one is asked for.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Dispatch:
         mesh: jax.sharding.Mesh,
         console: Console,
         steps: int | None,
+        workdir: Folder,
     ):
         """Jits the step.
 
@@ -44,9 +48,11 @@ class Dispatch:
           console: is told how far it is.
           steps: how many at once; by default one on CPUs, where loops make convolutions slow, and where data comes
             from files; elsewhere as many as fit between logs, evaluations and checkpoints.
+          workdir: a profile goes below it.
         """
         self._task, self._config, self._mesh, self._console = task, config, mesh, console
         self.window = Window()
+        self.profile = Profile(config.profile.steps, workdir / "profile", self.window.pause, console.line)
         everywhere = distributed.replicated(mesh)
         self._one = jax.jit(task.train_step, donate_argnums=0, out_shardings=everywhere)
         self._many = jax.jit(self._scan, donate_argnums=0, out_shardings=everywhere)
@@ -68,31 +74,33 @@ class Dispatch:
         is resumed with the same command does the same arithmetic.
         """
         while step < until and not stop.asked():
-            peers.at(step, "waiting for data")
-            if self._task.streams:
-                count = 1
+            together = self._steps > 1 and step % self._steps == 0 and step + self._steps <= until
+            count = self._steps if together else 1
+            with self.profile.dispatch(step, count):
+                peers.at(step, "waiting for data")
                 try:
-                    batch = self.window.wait_for(batches)
+                    batch = self._next(batches, count)
                 except UsageError as error:  # Data that can't be read.
                     stop.fail(error)
                     break
-            else:
-                count = self._steps if step % self._steps == 0 and step + self._steps <= until else 1
-                batch = self._place(list(itertools.islice(batches, count)))
-            peers.at(step, "training")
-            shapes = tuple(array.shape for array in jax.tree.leaves(batch))  # Each is compiled.
-            self.window.start(shapes)
-            state, metrics = self._call(self._one if count == 1 else self._many, state, batch, shapes)
-            self.window.add(metrics, count, shapes)
-            stop.unsaved = True
-            if self._task.streams:  # Each step that waits for the device holds a batch in its memory.
-                self.window.wait_for_all_but(self._config.data.prefetch)
+                peers.at(step, "training")
+                shapes = tuple(array.shape for array in jax.tree.leaves(batch))  # Each is compiled.
+                self.window.start(shapes)
+                state, metrics = self._call(self._many if together else self._one, state, batch, shapes)
+                self.window.add(metrics, count, shapes)
+                stop.unsaved = True
+                if self._task.streams:  # Each step that waits for the device holds a batch in its memory.
+                    self.window.wait_for_all_but(self._config.data.prefetch)
             step += count
             self._console.advance(step)
         return state, step
 
-    def _place(self, chunk: list[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
-        if len(chunk) == 1:
+    def _next(self, batches: Iterator[Any], count: int) -> dict[str, jax.Array]:
+        """The batches of ``count`` steps on the devices; of several one array each, steps first."""
+        if self._task.streams:
+            return self.window.wait_for(batches)
+        chunk: list[dict[str, np.ndarray]] = list(itertools.islice(batches, count))
+        if count == 1:
             return distributed.shard_batch(self._mesh, chunk[0])
         stacked = jax.tree.map(lambda *parts: np.stack(parts), *chunk)
         return distributed.shard_batch(self._mesh, stacked, axis=1)

@@ -14,13 +14,13 @@ import ml_collections
 from resnet_jax import distributed, peers
 from resnet_jax.config import flatten
 from resnet_jax.errors import UsageError
-from resnet_jax.planning.memory import is_out_of_memory
 from resnet_jax.training.checkpoints import Checkpoints, SaveFailed
 from resnet_jax.training.dispatch import Dispatch
+from resnet_jax.training.evaluate import evaluate, polling
 from resnet_jax.training.metrics import Console, MetricsWriter
 from resnet_jax.training.prefetch import Prefetch
 from resnet_jax.training.record import Diverged, Record
-from resnet_jax.training.results import describe, other_settings, write_results
+from resnet_jax.training.results import describe, other_settings, summarize, write_results
 from resnet_jax.training.signals import Stopped, StopSignal
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Evaluation, Task
@@ -31,16 +31,6 @@ EXIT_DIVERGED = EXIT_NOT_SAVED = 1
 
 def _next_multiple(step: int, every: int, end: int) -> int:
     return min(end, (step // every + 1) * every) if every else end
-
-
-def _polling(stop: StopSignal, step: int) -> Callable[[], None]:
-    """What an evaluation calls often: it tells others where this process is, and raises ``Stopped`` when asked to."""
-
-    def poll() -> None:
-        peers.at(step, "evaluating")
-        stop.poll()
-
-    return poll
 
 
 class Training:
@@ -70,7 +60,7 @@ class Training:
         self._task, self._config, self._workdir, self._mesh = task, config, workdir, mesh
         self._console = Console(task.total_steps, quiet=not distributed.leads())
         self._checkpoints = Checkpoints(workdir, config.checkpoint.keep, write, self._console.line)
-        self._dispatch = Dispatch(task, config, mesh, self._console, steps_per_dispatch)
+        self._dispatch = Dispatch(task, config, mesh, self._console, steps_per_dispatch, workdir)
         self._window = self._dispatch.window
         self._saved_at = time.monotonic()
         self._stop = stop
@@ -109,6 +99,7 @@ class Training:
                 raise
             raise UsageError(f"out of memory: {advice}") from error
         finally:
+            self._dispatch.profile.close()
             self._console.close()
             self._writer.close()
             self._checkpoints.close()
@@ -127,26 +118,16 @@ class Training:
         protocol = self._config.eval.protocol
         with self._signals() as stop:
             try:
-                state = change(state, _polling(stop, step)) if change else state
-                evaluation = self._look(state, "test", step, stop, protocol)
+                state = change(state, polling(stop, step)) if change else state
+                evaluation = evaluate(self._task, self._config, state, "test", step, stop, protocol)
             except Stopped:
                 self._console.line("stopped while evaluating; nothing was written")
                 return stop.exit_status
         before = read_json(self._workdir / "summary.json")
-        summary = before if before and before.get("step") == step else self._summary(step, record)
+        summary = before if before and before.get("step") == step else summarize(self._task, step, record)
         other, names = other_settings(flatten(self._config), read_json(self._workdir / "config.json") or {})
         self._report(summary | other, evaluation, protocol, name or "", *names)
         return 0
-
-    def _look(self, state: TrainState, split: str, step: int, stop: StopSignal, protocol: str = CENTER) -> Evaluation:
-        """The task's evaluation of a split; a UsageError where the devices' memory is too small for it."""
-        try:
-            return self._task.evaluate(state, split, _polling(stop, step), protocol)
-        except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            size = self._config.eval.batch_size
-            raise UsageError(f"out of memory in evaluation: less than eval.batch_size={size} takes less") from error
 
     def _signals(self) -> contextlib.AbstractContextManager[StopSignal]:
         return contextlib.nullcontext(self._stop) if self._stop else StopSignal()
@@ -200,7 +181,7 @@ class Training:
                     state, improved = self._evaluate(state, step, record, stop)
             self._save(state, step, record)
             evaluation = self._last if self._task.validation == "test" else None
-            evaluation = evaluation or self._look(state, "test", step, stop)
+            evaluation = evaluation or evaluate(self._task, config, state, "test", step, stop)
         except (Stopped, UsageError) as reason:
             if isinstance(reason, UsageError) and peers.peers():
                 raise  # This process's own: the others would not save with it.
@@ -220,7 +201,7 @@ class Training:
                 batches.close()
         self._checkpoints.wait()
         record.seconds = time.monotonic() - self._started
-        self._report(self._summary(step, record), evaluation, CENTER)
+        self._report(summarize(self._task, step, record), evaluation, CENTER)
         if config.eval.protocol != CENTER:
             return self._evaluate_besides(state, step, record, stop)
         return 0
@@ -229,11 +210,11 @@ class Training:
         """Evaluates by ``eval.protocol`` what has been trained, evaluated and saved."""
         protocol = self._config.eval.protocol
         try:
-            evaluation = self._look(state, "test", step, stop, protocol)
+            evaluation = evaluate(self._task, self._config, state, "test", step, stop, protocol)
         except Stopped:
             self._console.line(f"stopped in {protocol}; the run is whole, and --mode=eval evaluates it again")
             return stop.exit_status
-        self._report(self._summary(step, record), evaluation, protocol)
+        self._report(summarize(self._task, step, record), evaluation, protocol)
         return 0
 
     def _take_in(self, step: int, record: Record) -> None:
@@ -272,7 +253,7 @@ class Training:
     def _evaluate(self, state: TrainState, step: int, record: Record, stop: StopSignal) -> tuple[TrainState, bool]:
         """Evaluates the validation split; returns the state after it, and whether it is the best so far."""
         self._window.pause()
-        evaluation = self._last = self._look(state, self._task.validation, step, stop)
+        evaluation = self._last = evaluate(self._task, self._config, state, self._task.validation, step, stop)
         figure, sign = evaluation.metrics.get(self._task.objective), self._task.sign
         self._writer.write(step, {f"{self._task.validation}_{name}": v for name, v in evaluation.metrics.items()})
         self._console.line(f"step {step}  {self._task.validation}: {describe(evaluation.metrics)}")
@@ -305,26 +286,6 @@ class Training:
         self._checkpoints.save(state, step, dataclasses.asdict(record), record.best_step)
         self._writer.flush()  # A run that goes on from there finds its records up to there.
         self._saved_at = time.monotonic()
-
-    def _summary(self, step: int, record: Record) -> dict[str, Any]:
-        """What is known of the training; the evaluation's figures come beside it."""
-        speed = record.steps_per_second
-        streamed = {
-            "data_wait_percent": record.data_wait_percent,
-            "broken_images": len(record.broken | self._task.broken),
-        }
-        objective = self._task.objective
-        return {
-            "model": self._task.name,
-            "params": self._task.parameters,
-            "step": step,
-            "epoch": step * self._task.examples_per_step / self._task.examples_per_epoch,
-            f"train_{objective}": record.epoch_average(objective),
-            f"best_{objective}": record.best,
-            "best_step": record.best_step,
-            "images_per_second": speed and speed * self._task.examples_per_step,
-            "seconds": record.seconds,
-        } | (streamed if self._task.streams else {})
 
     def _report(self, summary: dict[str, Any], evaluation: Evaluation, protocol: str, *names: str) -> None:
         """Writes ``predictions.npz`` and ``summary.json``, and says where they are."""

@@ -8,7 +8,8 @@ import numpy as np
 from resnet_jax.buckets import Folder
 from resnet_jax.fields import OF_EVALUATION
 from resnet_jax.output import make_folder, write_files, write_json, write_whole
-from resnet_jax.training.task import Evaluation
+from resnet_jax.training.record import Record
+from resnet_jax.training.task import Evaluation, Task
 
 _OF_PROTOCOLS = ("eval.scales", "detection.test_scales", "detection.test_side")  # Those name a folder already.
 EVALUATED_WITH = "evaluated_with"  # In a summary: settings of the evaluation that are not the run's own.
@@ -34,6 +35,27 @@ def write_results(folder: Folder, summary: dict[str, Any], evaluation: Evaluatio
     write_whole(folder / "predictions.npz", lambda file: np.savez(file, **evaluation.predictions))
     write_files(folder, evaluation.files)
     write_json(folder / "summary.json", summary | evaluation.metrics)
+
+
+def summarize(task: Task, step: int, record: Record) -> dict[str, Any]:
+    """What is known of a training after ``step``; the evaluation's figures come beside it."""
+    speed = record.steps_per_second
+    streamed = {
+        "data_wait_percent": record.data_wait_percent,
+        "broken_images": len(record.broken | task.broken),
+    }
+    objective = task.objective
+    return {
+        "model": task.name,
+        "params": task.parameters,
+        "step": step,
+        "epoch": step * task.examples_per_step / task.examples_per_epoch,
+        f"train_{objective}": record.epoch_average(objective),
+        f"best_{objective}": record.best,
+        "best_step": record.best_step,
+        "images_per_second": speed and speed * task.examples_per_step,
+        "seconds": record.seconds,
+    } | (streamed if task.streams else {})
 
 
 def other_settings(now: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

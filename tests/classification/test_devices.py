@@ -54,10 +54,10 @@ def train(config, devices: int, steps: int):
     ("batch_norm", "dtype", "steps", "tolerance"),
     [
         ("global", "float64", 20, 1e-9),
-        ("group:4", "float64", 20, 1e-9),  # A device's whole share.
+        pytest.param("group:4", "float64", 20, 1e-9, marks=pytest.mark.slow),  # A device's whole share.
         ("group:8", "float64", 20, 1e-9),  # Two devices' shares.
         ("global", "float32", 10, 1e-4),
-        ("group:4", "float32", 10, 1e-4),
+        pytest.param("group:4", "float32", 10, 1e-4, marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_give_the_losses_of_one(batch_norm, dtype, steps, tolerance):

@@ -233,7 +233,9 @@ def test_ten_crop_is_the_mean_softmax_of_ten_crops_cut_by_hand(folder, devices, 
     assert_scores(evaluation, expected, labels_of(folder))
 
 
-@pytest.mark.parametrize(("devices", "mean"), [(1, "channel"), (8, "channel"), (1, "pixel")])
+@pytest.mark.parametrize(
+    ("devices", "mean"), [pytest.param(1, "channel", marks=pytest.mark.slow), (8, "channel"), (1, "pixel")]
+)
 def test_multi_scale_is_the_mean_over_positions_mirror_images_and_scales(folder, devices, mean, capsys):
     evaluation, weights = evaluate(settings(folder, **{"data.mean": mean}), devices, "multi_scale")
     # A mean image has one size alone: its mean colour is subtracted at others.

@@ -71,7 +71,12 @@ def test_the_plan_is_of_the_step_that_is_trained(tmp_path):
 
 @pytest.mark.parametrize(
     ("batch_norm", "accumulate", "least", "most"),
-    [("group:4", 1, 1, 16), ("per_device", 1, 1, 16), ("group:4", 2, 1, 16), ("global", 1, 17, 1000)],
+    [
+        ("group:4", 1, 1, 16),
+        pytest.param("per_device", 1, 1, 16, marks=pytest.mark.slow),
+        pytest.param("group:4", 2, 1, 16, marks=pytest.mark.slow),
+        ("global", 1, 17, 1000),
+    ],
 )
 def test_layers_exchange_nothing_where_a_device_holds_whole_groups(batch_norm, accumulate, least, most):
     config = digits(batch_norm)
