@@ -15,7 +15,8 @@ from typing import Any
 import ml_collections
 
 from resnet_jax.errors import UsageError, did_you_mean
-from resnet_jax.fields import FIELDS, Field, Limit
+from resnet_jax.fields import FIELDS, Field
+from resnet_jax.limits import Limit
 
 
 def default_config() -> ml_collections.ConfigDict:

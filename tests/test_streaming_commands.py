@@ -35,6 +35,7 @@ def folder(tmp_path) -> pathlib.Path:
 def start(folder: pathlib.Path, *arguments: str) -> subprocess.Popen:
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder / "cache")}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # Compiling would take most of the time.
     return subprocess.Popen([sys.executable, *arguments], cwd=folder, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 

@@ -8,7 +8,7 @@ import ml_collections
 
 from resnet_jax.distributed import platform
 from resnet_jax.errors import UsageError
-from resnet_jax.models.layers import count_groups
+from resnet_jax.models.normalisation import count_groups
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training.network import model_settings

@@ -14,7 +14,8 @@ import numpy as np
 from resnet_jax.classification.steps import Batch, Resident, cross_entropy, label_rank, take_images
 from resnet_jax.data import augment
 from resnet_jax.models.blocks import Block
-from resnet_jax.models.layers import BatchNorm, Conv
+from resnet_jax.models.layers import Conv
+from resnet_jax.models.normalisation import BatchNorm
 
 Step = Callable[..., dict[str, jax.Array]]
 _WHOLE = ("none", "gated")  # Shortcuts beside which nothing can be taken away but the block as a whole.

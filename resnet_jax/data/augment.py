@@ -4,6 +4,8 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
+from resnet_jax.distributed import platform
+
 
 def example_keys(seed: jax.Array, epoch: jax.Array, index: jax.Array) -> jax.Array:
     """One random key per example [N], from (seed, epoch, example index) alone."""
@@ -55,14 +57,27 @@ def color_noise(keys: jax.Array, strength: float, dtype: jnp.dtype) -> jax.Array
 
 def random_crop(keys: jax.Array, images: jax.Array, pad: int) -> jax.Array:
     """A random crop of [N, H, W, C] from each image after padding it with ``pad`` zeros on every side."""
-    height, width, channels = images.shape[1:]
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    corners = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 2 * pad + 1))(keys)
+    # XLA:TPU takes slices that start in many places one by one, in a loop.
+    crop = chosen_windows if platform() == "tpu" else sliced_windows
+    return crop(padded, corners, images.shape[1:3])
 
-    def crop(key, image):
-        top, left = jax.random.randint(key, (2,), 0, 2 * pad + 1)
-        return jax.lax.dynamic_slice(image, (top, left, 0), (height, width, channels))
 
-    return jax.vmap(crop)(keys, padded)
+def sliced_windows(images: jax.Array, corners: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """The window of ``size`` (height, width) at each image's corner: [N, H, W, C], int [N, 2] -> [N, *size, C]."""
+    cut = lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), (*size, image.shape[-1]))
+    return jax.vmap(cut)(images, corners)
+
+
+def chosen_windows(images: jax.Array, corners: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """As ``sliced_windows``, by choosing among the windows at all corners: more work, but all images at once."""
+    for axis, length in enumerate(size, start=1):
+        starts = range(images.shape[axis] - length + 1)
+        windows = [jax.lax.slice_in_dim(images, start, start + length, axis=axis) for start in starts]
+        which = jnp.broadcast_to(corners[:, axis - 1, None, None, None], windows[0].shape)
+        images = jax.lax.select_n(which, *windows) if len(windows) > 1 else windows[0]
+    return images
 
 
 def random_flip(keys: jax.Array, images: jax.Array) -> jax.Array:

@@ -6,7 +6,8 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
-from resnet_jax.models.layers import Conv, normalisation
+from resnet_jax.models.layers import Conv
+from resnet_jax.models.normalisation import BatchNorm, count_devices, count_groups, normalisation
 
 # How a block's two branches meet: the paper's options A, B and C, none (plain nets), or a gate (Highway nets).
 SHORTCUTS = ("A", "B", "C", "none", "gated")
@@ -21,6 +22,16 @@ def pad_shortcut(x: jax.Array, features: int, stride: int, zeros: str) -> jax.Ar
     new = features - x.shape[-1]
     before = {"end": 0, "both": new // 2}[zeros]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, new - before)))
+
+
+def normalised(conv: Conv, norm: nn.Module, x: jax.Array, train: bool) -> jax.Array:
+    """``norm(conv(x), train)``; trained BN takes its statistics from the convolution's input where that is smaller."""
+    smaller = conv.size == conv.stride == 1 and x.shape[-1] < conv.features
+    trained = train and isinstance(norm, BatchNorm) and norm.batch_norm != "frozen" and not norm.is_initializing()
+    # For several groups on one device XLA:TPU makes copies that cost more than is gained.
+    if smaller and trained and count_groups(norm.batch_norm, len(x)) <= count_devices():
+        return norm(x, train, kernel=conv.get_variable("params", "kernel")[0, 0])
+    return norm(conv(x), train)
 
 
 class Block(nn.Module):
@@ -49,8 +60,9 @@ class Block(nn.Module):
         convolutions = self._convolutions()
         for i, (features, size, stride) in enumerate(convolutions, start=1):
             last = i == len(convolutions)
-            y = Conv(features, size, stride, init_fan=self.init_fan, dtype=self.dtype, name=f"conv{i}")(y)
-            y = self._norm(f"bn{i}", scale_init=0.0 if last and self.zero_init_last else 1.0)(y, train)
+            conv = Conv(features, size, stride, init_fan=self.init_fan, dtype=self.dtype, name=f"conv{i}")
+            norm = self._norm(f"bn{i}", scale_init=0.0 if last and self.zero_init_last else 1.0)
+            y = normalised(conv, norm, y, train)
             if not last:
                 y = nn.relu(y)
         if self.shortcut == "none":

@@ -7,7 +7,7 @@ from flax import linen as nn
 import jax
 import numpy as np
 
-from resnet_jax.models.layers import BatchNorm
+from resnet_jax.models.normalisation import BatchNorm
 
 Array = jax.Array | np.ndarray
 

@@ -1,4 +1,4 @@
-"""The layers all networks are made of: convolution, normalisation, pooling.
+"""The layers all networks are made of: convolution, pooling, classifier.
 
 Arrays are NHWC. Padding is explicit everywhere: XLA's ``SAME`` pads strided windows on the right first,
 which is neither Caffe's nor torch's padding.
@@ -11,11 +11,9 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
-from resnet_jax.distributed import BATCH_AXIS, platform
+from resnet_jax.distributed import platform
 from resnet_jax.errors import UsageError
-
-# Wu and He's choice for ImageNet's networks (Group Normalization, 2018, section 4.1).
-CHANNEL_GROUPS = 32
+from resnet_jax.models.space_to_depth import conv_on_blocks
 
 
 def resolve_dtype(name: str) -> jnp.dtype:
@@ -98,6 +96,7 @@ class Conv(nn.Module):
     init_fan: str = "fan_out"
     init_gain: float = 2.0
     bias_init: float = 0.0
+    on_blocks: bool = False  # Compute a 7x7/2 convolution on 2x2 blocks of pixels (``space_to_depth``).
     dtype: Any = jnp.float32
 
     @property
@@ -113,17 +112,22 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", he_normal(self.init_fan, self.init_gain), shape, storage_dtype(self.dtype))
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=((self.pad, self.pad), (self.pad, self.pad)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        y = self._convolve(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             init = nn.initializers.constant(self.bias_init)
             y = y + self.param("bias", init, (self.features,), storage_dtype(self.dtype)).astype(self.dtype)
         return y
+
+    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if self.on_blocks:
+            return conv_on_blocks(x, kernel)
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(self.stride, self.stride),
+            padding=((self.pad, self.pad), (self.pad, self.pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
 
 class Head(nn.Module):
@@ -141,161 +145,3 @@ class Head(nn.Module):
         bias = self.param("bias", nn.initializers.zeros_init(), (self.num_classes,), dtype)
         # Accelerators would multiply float32 in fewer bits.
         return jnp.matmul(x.astype(dtype), kernel, precision="highest") + bias
-
-
-def count_groups(batch_norm: str, batch: int) -> int:
-    """Into how many groups of consecutive examples a batch is split for its BatchNorm statistics.
-
-    ``global`` is one group; ``per_device`` one per device of the mesh in force (``jax.set_mesh``);
-    ``group:N`` is N examples a group, whichever device they lie on. ``group_norm``, which takes none of the batch, is
-    one group too.
-    """
-    if batch_norm in ("global", "frozen") or is_group_norm(batch_norm):
-        return 1
-    if batch_norm == "per_device":
-        groups = dict(jax.sharding.get_abstract_mesh().shape).get(BATCH_AXIS, 1)
-        if batch % groups:
-            raise UsageError(f"batch_norm=per_device: a batch of {batch} does not divide over {groups} devices")
-        return groups
-    name, _, size = batch_norm.partition(":")
-    if name != "group" or not size.isdecimal() or int(size) < 1:
-        raise UsageError(
-            f"batch_norm {batch_norm!r} is unknown: global, per_device, group:N (as in group:32, examples), group_norm,"
-            " group_norm:N (as in group_norm:32, groups of channels) or frozen"
-        )
-    if batch % int(size):
-        raise UsageError(
-            f"batch_norm={batch_norm}: a batch of {batch} does not divide into groups of {size};"
-            " model.batch_norm=global always does"
-        )
-    return batch // int(size)
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, statistics in float32 at least.
-
-    In training each group of examples (``count_groups``) is normalised by its own mean and biased variance, of all
-    positions or those ``counted``, bool [N, H, W]. The running ones are of the whole batch, merged from the groups'
-    E[x] and E[x^2], the same on every device: running = momentum * running + (1 - momentum) * batch.
-    """
-
-    batch_norm: str = "global"
-    momentum: float = 0.9  # torch writes this one as 0.1.
-    epsilon: float = 1e-5
-    scale_init: float = 1.0
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool, counted: jax.Array | None = None) -> jax.Array:
-        channels, dtype = x.shape[-1:], storage_dtype(self.dtype)
-        scale = self.param("scale", nn.initializers.constant(self.scale_init), channels, dtype)
-        bias = self.param("bias", nn.initializers.zeros_init(), channels, dtype)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
-        running_var = self.variable("batch_stats", "var", jnp.ones, channels, dtype)
-        if not train or self.batch_norm == "frozen":  # Fine-tuning may leave the statistics as they came.
-            y = (x - running_mean.value) * (scale * jax.lax.rsqrt(running_var.value + self.epsilon)) + bias
-            return y.astype(self.dtype)
-
-        groups = count_groups(self.batch_norm, x.shape[0])
-        grouped = x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).astype(dtype)
-        axes = tuple(range(1, grouped.ndim - 1))
-        own, positions, weights = grouped, math.prod(grouped.shape[1:-1]), None
-        if counted is not None:
-            counted = counted.reshape(*grouped.shape[:-1], 1)
-            own = jnp.where(counted, grouped, 0)
-            positions = counted.sum(axes, keepdims=True)
-            weights, positions = positions.reshape(groups), jnp.maximum(positions, 1)
-        mean = own.sum(axes, keepdims=True) / positions
-        square = jnp.square(own).sum(axes, keepdims=True) / positions
-        var = jnp.maximum(square - jnp.square(mean), 0)
-        if not self.is_initializing():
-            batch_mean, batch_square = (jnp.average(x, 0, weights).reshape(channels) for x in (mean, square))
-            batch_var = jnp.maximum(batch_square - jnp.square(batch_mean), 0)
-            for running, batch in ((running_mean, batch_mean), (running_var, batch_var)):
-                running.value = self.momentum * running.value + (1 - self.momentum) * batch
-        y = (grouped - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
-        return y.reshape(x.shape).astype(self.dtype)
-
-
-class Bias(nn.Module):
-    """What is left of BN that is folded into the convolution before it (``fold``): a ``bias`` for each channel."""
-
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        if train:
-            raise UsageError("batch_norm=folded is for inference: what is trained is the network that fold was given")
-        bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:], storage_dtype(self.dtype))
-        return x + bias.astype(self.dtype)
-
-
-def is_group_norm(batch_norm: str) -> bool:
-    """Whether that names GroupNorm: ``group_norm`` or ``group_norm:N``."""
-    name, colon, groups = batch_norm.partition(":")
-    return name == "group_norm" and (not colon or (groups.isdecimal() and int(groups) > 0))
-
-
-def count_channel_groups(batch_norm: str, channels: int) -> int:
-    """Into how many groups of consecutive channels GroupNorm splits a layer.
-
-    ``group_norm:N`` is N. ``group_norm`` is 32, or where that would leave less than two channels to a group, or
-    does not divide, the next smaller number that does: 8 of the 16 channels that CIFAR nets begin with.
-
-    Raises:
-      UsageError: N does not divide the channels.
-    """
-    _, _, asked = batch_norm.partition(":")
-    if not asked:
-        return next(n for n in range(max(1, min(CHANNEL_GROUPS, channels // 2)), 0, -1) if channels % n == 0)
-    if channels % int(asked):
-        raise UsageError(
-            f"batch_norm={batch_norm}: {channels} channels do not divide into {asked} groups;"
-            " model.batch_norm=group_norm finds a number that does"
-        )
-    return int(asked)
-
-
-class GroupNorm(nn.Module):
-    """Group normalisation (Wu and He, 2018): each example's groups of channels by their own mean and biased variance.
-
-    The same in training and test, and whatever else is in the batch: what trains from scratch where few images fit.
-    Statistics are taken in float32 at least. ``counted``, bool [N, H, W], says which positions have a part in them.
-    """
-
-    batch_norm: str = "group_norm"
-    epsilon: float = 1e-5
-    scale_init: float = 1.0
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False, counted: jax.Array | None = None) -> jax.Array:
-        channels, dtype = x.shape[-1], storage_dtype(self.dtype)
-        scale = self.param("scale", nn.initializers.constant(self.scale_init), (channels,), dtype)
-        bias = self.param("bias", nn.initializers.zeros_init(), (channels,), dtype)
-        groups, wide = count_channel_groups(self.batch_norm, channels), x.astype(dtype)
-        own, positions = wide, math.prod(x.shape[1:-1])
-        if counted is not None:
-            own = jnp.where(counted[..., None], wide, 0)
-            positions = jnp.maximum(counted.sum(tuple(range(1, counted.ndim))), 1)[:, None]
-        over = tuple(range(1, x.ndim - 1))
-
-        def of_groups(sums: jax.Array) -> jax.Array:
-            """Sums over positions [N, C] -> means over groups, for each channel [N, C]."""
-            means = (sums / positions).reshape(len(x), groups, -1).mean(-1)
-            return jnp.repeat(means, channels // groups, axis=-1)
-
-        # In one pass, and over whole channels first: reductions over parts of a pixel are slow on CPUs.
-        mean, square = of_groups(own.sum(over)), of_groups(jnp.square(own).sum(over))
-        factor = scale * jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + self.epsilon)
-        factor, shift = (array.reshape(len(x), *(1,) * len(over), channels) for array in (factor, bias - mean * factor))
-        return (wide * factor + shift).astype(self.dtype)
-
-
-def normalisation(batch_norm: str, momentum: float, dtype: Any, name: str, scale_init: float = 1.0) -> nn.Module:
-    """The layer that ``batch_norm`` asks for, called with (x, train). Norms have parameters ``scale`` and ``bias``."""
-    if batch_norm == "folded":
-        return Bias(dtype, name=name)
-    if is_group_norm(batch_norm):
-        return GroupNorm(batch_norm, scale_init=scale_init, dtype=dtype, name=name)
-    return BatchNorm(batch_norm, momentum, scale_init=scale_init, dtype=dtype, name=name)

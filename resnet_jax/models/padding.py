@@ -8,7 +8,8 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
-from resnet_jax.models.layers import BatchNorm, Conv, GroupNorm, MaxPool
+from resnet_jax.models.layers import Conv, MaxPool
+from resnet_jax.models.normalisation import BatchNorm, GroupNorm
 
 Size = tuple[int, int]  # (height, width), pixels or cells.
 

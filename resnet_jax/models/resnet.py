@@ -8,7 +8,8 @@ from jax import numpy as jnp
 
 from resnet_jax.errors import UsageError
 from resnet_jax.models.blocks import SHORTCUTS, Block
-from resnet_jax.models.layers import Conv, Head, MaxPool, average_pool, check_stage, normalisation, storage_dtype
+from resnet_jax.models.layers import Conv, Head, MaxPool, average_pool, check_stage, storage_dtype
+from resnet_jax.models.normalisation import BatchNorm, normalisation
 from resnet_jax.models.stacking import SHORTEST_RUN, run_name
 
 # Stem: (size, stride, whether a 3x3/2 max-pool follows); the paper's Table 1 and section 4.2.
@@ -24,6 +25,7 @@ class Stem(nn.Module):
     kind: str
     features: int
     pool_padding: str
+    space_to_depth: bool
     init_fan: str
     batch_norm: str
     batch_norm_momentum: float
@@ -32,12 +34,16 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         size, stride, pool = STEMS[self.kind]
-        x = Conv(self.features, size, stride, init_fan=self.init_fan, dtype=self.dtype, name="conv")(x)
-        x = nn.relu(normalisation(self.batch_norm, self.batch_norm_momentum, self.dtype, "bn")(x, train))
+        on_blocks = self.space_to_depth and size == 7
+        x = Conv(
+            self.features, size, stride, init_fan=self.init_fan, on_blocks=on_blocks, dtype=self.dtype, name="conv"
+        )(x)
+        norm = normalisation(self.batch_norm, self.batch_norm_momentum, self.dtype, "bn")
         if not pool:
-            return x
+            return nn.relu(norm(x, train))
         both = self.pool_padding == "both"
-        return MaxPool(window=3, stride=2, padding=1 if both else 0, round_up=not both)(x)
+        pool = MaxPool(window=3, stride=2, padding=1 if both else 0, round_up=not both)
+        return norm(x, train, pool=pool) if isinstance(norm, BatchNorm) else pool(nn.relu(norm(x, train)))
 
 
 class Stage(nn.Module):
@@ -100,6 +106,7 @@ class ResNet(nn.Module):
         (``layers.count_channel_groups``), under BN's names and without running statistics.
       freeze_at: how many of the leading ``parts`` training leaves as they are, statistics too: 0 none, 1 the stem, 2
         the stem and stage 1, ... (as detectron2 counts).
+      space_to_depth: compute the ImageNet stem's convolution on 2x2 blocks of pixels, the same weights and output.
       stacked: store runs of identical blocks together where they are long (``stacking``).
       scan: run what is stored together as a loop, which compiles in a time that does not grow with depth; a loop is
         slow where convolutions are library calls that loops hinder, as on CPUs (jax issue 12868).
@@ -126,6 +133,7 @@ class ResNet(nn.Module):
     batch_norm_momentum: float = 0.9
     freeze_at: int = 0
     last_stride: int = 2
+    space_to_depth: bool = False
     stacked: bool = False
     scan: bool = False
     remat: bool = False
@@ -145,7 +153,9 @@ class ResNet(nn.Module):
         shared = {name: getattr(self, name) for name in ("init_fan", "batch_norm", "batch_norm_momentum", "dtype")}
         settings = ("bottleneck", "shortcut", "shortcut_zeros", "stride_in", "zero_init_last", "gate_bias")
         block = shared | {name: getattr(self, name) for name in settings}
-        self.stem_layers = Stem(self.stem, self.stem_width, self.pool_padding, **shared, name="stem")
+        self.stem_layers = Stem(
+            self.stem, self.stem_width, self.pool_padding, self.space_to_depth, **shared, name="stem"
+        )
         strides = [1, *[2] * (len(self.blocks) - 1)]
         if len(strides) > 1:
             strides[-1] = self.last_stride

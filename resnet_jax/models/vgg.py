@@ -8,7 +8,8 @@ import jax
 from jax import numpy as jnp
 
 from resnet_jax.errors import UsageError
-from resnet_jax.models.layers import Conv, Head, MaxPool, check_stage, normalisation
+from resnet_jax.models.layers import Conv, Head, MaxPool, check_stage
+from resnet_jax.models.normalisation import normalisation
 
 
 class VGGStage(nn.Module):

@@ -9,7 +9,7 @@ def model_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
     """``create_model``'s arguments as ``config.model`` says."""
     names = ("name", "dtype", "init_fan", "batch_norm", "batch_norm_momentum")
     # Only residual networks know these.
-    residual = {name: model[name] for name in ("zero_init_last", "freeze_at") if model[name]}
+    residual = {name: model[name] for name in ("zero_init_last", "freeze_at", "space_to_depth") if model[name]}
     return {name: model[name] for name in names} | residual | width_setting(model)
 
 

@@ -32,6 +32,7 @@ _ROW = functools.partial(ResNet, blocks=(1, 1), widths=(4, 8), shortcut="B", ste
 def tiny():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "tiny", _ROW)
+        patch.setattr("resnet_jax.distributed.jax.devices", lambda: jax.local_devices()[:1])
         yield
 
 
@@ -109,7 +110,7 @@ def statistics_by_hand(variables, images: np.ndarray, order: np.ndarray, group: 
 def test_statistics_are_the_averages_over_the_training_set(folder, devices, batch_norm, group):
     with jax.enable_x64(True):
         config = settings(folder, **{"model.batch_norm": batch_norm, "model.dtype": "float64"})
-        mesh = distributed.make_mesh(jax.devices()[:devices])
+        mesh = distributed.make_mesh(jax.local_devices()[:devices])
         with jax.set_mesh(mesh):
             task = Classification(config, mesh)
             state = task.initial_state()

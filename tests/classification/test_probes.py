@@ -12,7 +12,7 @@ from resnet_jax.classification import probes
 from resnet_jax.classification.task import Classification
 from resnet_jax.config import default_config
 from resnet_jax.models.blocks import Block
-from resnet_jax.models.layers import BatchNorm
+from resnet_jax.models.normalisation import BatchNorm
 from resnet_jax.models.registry import MODELS, create_model
 from resnet_jax.models.resnet import ResNet
 

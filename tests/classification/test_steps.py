@@ -14,14 +14,6 @@ from resnet_jax.training.optimizer import make_optimizer
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA takes most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def rank_by_sorting(logits: np.ndarray, label: int) -> int:
     """The label's place from 0 when classes are sorted from the best, its equals and NaNs placed before it."""
     if np.isnan(logits[label]):
@@ -247,8 +239,8 @@ def runs():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         images, labels = rng.integers(0, 256, (24, 8, 8, 3), np.uint8), rng.integers(0, 4, 24)
-        model = ResNet(blocks=(1, 1), widths=(8, 16), num_classes=4, shortcut="A", stem="cifar", stem_width=8,
-                       batch_norm="group:4", dtype=jnp.float64)  # fmt: skip
+        model = ResNet(blocks=(1,), widths=(8,), num_classes=4, stem="cifar", stem_width=8, batch_norm="group:4",
+                       dtype=jnp.float64)  # fmt: skip
         histories, first = {}, None
         for parts in PARTS:
             settings = {"optimizer.accumulate": parts, "optimizer.ema": EMA, "data.pad": 1, "data.flip": True,

@@ -23,7 +23,7 @@ from torch_networks import load_variables, random_variables, to_torch  # noqa: E
 from resnet_jax import distributed  # noqa: E402
 from resnet_jax.classification.steps import make_train_step  # noqa: E402
 from resnet_jax.config import default_config  # noqa: E402
-from resnet_jax.models.layers import BATCH_AXIS  # noqa: E402
+from resnet_jax.distributed import BATCH_AXIS  # noqa: E402
 from resnet_jax.models.resnet import ResNet  # noqa: E402
 from resnet_jax.training.optimizer import make_optimizer  # noqa: E402
 from resnet_jax.training.schedules import initial_schedule_state  # noqa: E402

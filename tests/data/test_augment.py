@@ -6,6 +6,7 @@ Bounds on chi-square statistics are their 99.99% points; the seeds are fixed, so
 import functools
 
 import jax
+from jax import numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,14 +14,6 @@ from resnet_jax.data import augment
 
 CHI_SQUARE_9999 = {1: 15.14, 8: 31.83, 80: 135.78}  # Degrees of freedom -> 99.99% point.
 DRAWS = 10_000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA takes most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def crops_by_hand(image: np.ndarray, pad: int) -> dict[tuple[bool, int, int], np.ndarray]:
@@ -210,3 +203,13 @@ def test_a_channel_that_is_one_colour_throughout_is_not_divided_by_zero():
     normal = np.asarray(augment.normalise(images, *augment.pixel_statistics(images, "channel", "channel")))
     assert np.isfinite(normal).all()
     assert np.abs(normal).max() < 0.1
+
+
+def test_both_ways_to_take_windows_are_the_same():
+    random = np.random.default_rng(0)
+    images = jnp.asarray(random.normal(size=(40, 9, 8, 3)))
+    corners = random.integers(0, (5, 4), (40, 2))
+    found = augment.chosen_windows(images, jnp.asarray(corners), (5, 5))
+    assert np.array_equal(found, augment.sliced_windows(images, jnp.asarray(corners), (5, 5)))
+    for image, window, (top, left) in zip(images, found, corners, strict=True):
+        assert np.array_equal(window, image[top : top + 5, left : left + 5])

@@ -10,8 +10,6 @@ import pytest
 
 from resnet_jax.detection import boxes
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STDS = (0.1, 0.1, 0.2, 0.2)
 
 

@@ -18,8 +18,6 @@ from resnet_jax.detection.settings import make_settings
 from resnet_jax.distributed import make_mesh, replicate, shard_batch
 from resnet_jax.training.optimizer import make_optimizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PARTS = ("rpn_objectness_loss", "rpn_box_loss", "class_loss", "box_loss")
 SEED = 5
 # The sizes of each detector's maps of 64 x 80 pixels, and their strides.

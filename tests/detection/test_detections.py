@@ -13,8 +13,6 @@ from resnet_jax.data.augment import normalise
 from resnet_jax.detection import detections, inference
 from resnet_jax.detection.settings import make_settings
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 HEIGHT, WIDTH, REGIONS = 90, 120, 30
 
 

@@ -13,8 +13,6 @@ from resnet_jax.detection import inference
 from resnet_jax.detection.inference import Member, View
 from resnet_jax.detection.settings import make_settings
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FINDS = make_settings(SETTINGS, score_threshold=0.2)
 
 

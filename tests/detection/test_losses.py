@@ -10,8 +10,6 @@ import pytest
 
 from resnet_jax.detection import losses
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SAMPLES, CLASSES = 12, 3
 
 

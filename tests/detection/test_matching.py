@@ -14,8 +14,6 @@ from scipy import stats
 
 from resnet_jax.detection import anchors, matching
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def match_by_hand(ious, valid, high, low, best_for_each, lowest=0.0, candidates=None, ignored=None):
     count, box_count = ious.shape

@@ -12,8 +12,6 @@ from resnet_jax.detection import necks, roi
 from resnet_jax.detection.faster_rcnn import drop_for_each_image
 from resnet_jax.models.vgg import VGG
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 HEIGHT, WIDTH = 75, 107
 MAPS = [(19, 27), (10, 14), (5, 7), (3, 4), (2, 2)]  # P2 to P6 of such an image.
 

@@ -14,8 +14,6 @@ from resnet_jax.detection.settings import make_settings
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import create_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 HEIGHT, WIDTH = 50, 71
 ROIS = np.array([[[0, 0, 71, 50], [10, 5, 40, 33], [30, 20, 64, 48]]] * 2, np.float32)
 

@@ -11,8 +11,6 @@ import pytest
 from resnet_jax.detection import anchors, proposals
 from resnet_jax.detection.settings import make_settings
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPES, STRIDES = [(12, 16), (6, 8), (3, 4)], [8, 16, 32]
 # Of one size, so that levels have boxes that overlap each other's.
 SIZES, RATIOS = [[32], [32], [32]], (0.5, 1.0, 2.0)

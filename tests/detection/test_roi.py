@@ -11,8 +11,6 @@ import pytest
 
 from resnet_jax.detection import roi, roi_tiles
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 HEIGHT, WIDTH, CHANNELS, SCALE = 7, 10, 3, 1 / 16
 
 

@@ -24,8 +24,6 @@ from resnet_jax.pretrained.source import read_weights
 from resnet_jax.run import open_run, run_task
 from resnet_jax.training.checkpoints import load_run_weights
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = {
     "model.name": "tiny", "data.shapes": "12,10", "data.workers": "2", "batch_size": "4", "steps": "4",
     "detection.shorter": "64", "detection.longer": "80", "detection.anchor_sizes": "16,32", "detection.pooled": "4",

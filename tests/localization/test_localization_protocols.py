@@ -10,8 +10,6 @@ from resnet_jax.errors import UsageError
 from resnet_jax.localization import protocols, steps
 from resnet_jax.localization.data import Split
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def config_for(image_size=96, resize=96, scales=(96,)):
     config = default_config()

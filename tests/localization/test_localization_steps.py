@@ -13,7 +13,6 @@ from resnet_jax.localization import steps
 from resnet_jax.localization.settings import make_settings
 from resnet_jax.training.optimizer import make_optimizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SEED = jax.random.key(7)
 NONE = np.zeros((0, 4))
 

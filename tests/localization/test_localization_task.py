@@ -51,7 +51,6 @@ def one_device():
         yield mesh
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.slow
 def test_the_loop_trains_it_and_reports_its_errors(monkeypatch, tmp_path, one_device):
     config, splits = tiny(monkeypatch, train=8, test=5)
@@ -72,7 +71,6 @@ def test_the_loop_trains_it_and_reports_its_errors(monkeypatch, tmp_path, one_de
     assert data["examples"] == 8 and data["preprocessing"]["resize"] == 56 and len(data["classes"]) == 5
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_it_starts_from_a_classifier_s_weights_less_its_head(monkeypatch, one_device):
     config, splits = tiny(monkeypatch, train=4, test=2)
     config.steps = 2
@@ -155,7 +153,6 @@ def classifier(path, splits, places: list[int]) -> str:
     return str(path)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_guess_needs_the_class_and_the_box(monkeypatch, tmp_path, one_device):
     config, splits = tiny(monkeypatch, train=4, test=7)
     config.steps = 1

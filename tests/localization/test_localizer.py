@@ -11,7 +11,6 @@ from resnet_jax.errors import UsageError
 from resnet_jax.localization.network import PerClass, create_localizer, initialise
 from resnet_jax.localization.settings import make_settings
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PER_CELL = 4
 
 

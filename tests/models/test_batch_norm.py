@@ -10,7 +10,8 @@ import pytest
 
 from resnet_jax.distributed import make_mesh
 from resnet_jax.errors import UsageError
-from resnet_jax.models.layers import BatchNorm
+from resnet_jax.models.layers import MaxPool
+from resnet_jax.models.normalisation import BatchNorm
 from resnet_jax.models.padding import masked_padding
 from resnet_jax.models.resnet import ResNet
 
@@ -182,3 +183,28 @@ def test_a_network_is_trained_as_if_its_canvases_had_no_padding(settings):
 def test_a_wrong_setting_is_one_clear_line(inputs, batch_norm, message):
     with pytest.raises(UsageError, match=message):
         apply(batch_norm, inputs, devices=1)
+
+
+@pytest.mark.parametrize("batch_norm", ["global", "group:4"])
+def test_with_a_pool_it_is_followed_by_relu_and_pool(batch_norm, inputs):
+    layer = BatchNorm(batch_norm, MOMENTUM)
+    pool = lambda x: MaxPool(window=3, stride=2, padding=1).apply({}, x)
+    variables = layer.init(jax.random.key(0), inputs, train=False)
+    params = {"scale": jnp.array([1.5, -0.7, 0.0, -2.0]), "bias": jnp.array([0.1, -0.2, 0.3, 0.4])}
+
+    def run(x, params, given: bool):
+        variables_ = variables | {"params": params}
+        if given:
+            y, updated = layer.apply(variables_, x, True, pool=pool, mutable=["batch_stats"])
+        else:
+            y, updated = layer.apply(variables_, x, True, mutable=["batch_stats"])
+            y = pool(jax.nn.relu(y))
+        return jnp.sin(y).sum(), (y, updated)
+
+    run = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True), static_argnums=2)
+    found, plain = run(inputs, params, True), run(inputs, params, False)
+    assert found[1][0].shape == (16, 2, 3, 4)
+    # With a scale of zero all of a window are alike, and which of them has the gradient is open.
+    pick = lambda tree: (jax.tree.map(lambda gradient: gradient[..., [0, 1, 3]], tree[0]), tree[1])
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, pick(found), pick(plain))

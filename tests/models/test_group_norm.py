@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from resnet_jax.errors import UsageError
-from resnet_jax.models.layers import GroupNorm, count_channel_groups, count_groups
+from resnet_jax.models.normalisation import GroupNorm, count_channel_groups, count_groups
 from resnet_jax.models.padding import inside, masked_padding
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet

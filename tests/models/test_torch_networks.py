@@ -12,7 +12,7 @@ pytestmark = pytest.mark.torch
 import torch_networks  # noqa: E402
 from torch_networks import load_variables, random_variables  # noqa: E402
 
-from resnet_jax.models.layers import BatchNorm, GroupNorm  # noqa: E402
+from resnet_jax.models.normalisation import BatchNorm, GroupNorm  # noqa: E402
 from resnet_jax.models.registry import create_model  # noqa: E402
 from resnet_jax.models.resnet import ResNet  # noqa: E402
 from resnet_jax.models.vgg import VGG  # noqa: E402

@@ -24,7 +24,7 @@ TIMES = ("seconds", "seconds_per_step", "images_per_second")
 
 @pytest.fixture
 def tiny_config(monkeypatch):
-    row = functools.partial(ResNet, blocks=(1, 1), widths=(4, 8), shortcut="A", stem="cifar", stem_width=4)
+    row = functools.partial(ResNet, blocks=(1,), widths=(4,), stem="cifar", stem_width=4)
     monkeypatch.setitem(MODELS, "tiny", row)
     config = default_config()
     config.model.name = "tiny"

@@ -33,11 +33,17 @@ STEPS = 60
 # Everything that a state can hold is in use: momentum, averaged weights, plateau's memory (which drops the rate at
 # steps 40 and 60), the best evaluation. 1,238 images train, so that an epoch ends within a step, every 19.3 of them.
 CONFIG = f"""
+import functools
 from resnet_jax.config import load_config
+from resnet_jax.models.registry import MODELS
+from resnet_jax.models.resnet import ResNet
+
+for name, blocks in (("tiny", (1, 1)), ("other", (2, 1))):
+    MODELS[name] = functools.partial(ResNet, blocks=blocks, widths=(4, 8), shortcut="B", stem="cifar", stem_width=4)
 
 def get_config():
     config = load_config("digits_20")
-    config.model.name = "cifar_resnet8"
+    config.model.name = "tiny"
     config.data.holdout = 200
     config.epochs, config.steps = 0.0, {STEPS}
     config.optimizer.ema = 0.9
@@ -293,9 +299,9 @@ def test_a_finished_run_started_again_says_so_and_touches_nothing(program, unint
 
 def test_a_run_does_not_resume_with_another_recipe_and_lists_the_fields(program, uninterrupted):
     before = contents(uninterrupted)
-    err = program.run(uninterrupted, "--config.model.name=cifar_resnet14", "--config.batch_size=32", status=2)
+    err = program.run(uninterrupted, "--config.model.name=other", "--config.batch_size=32", status=2)
     assert re.fullmatch(r"error: .+\n", err)
-    changes = "model.name: cifar_resnet8 -> cifar_resnet14; batch_size: 64 -> 32"
+    changes = "model.name: tiny -> other; batch_size: 64 -> 32"
     assert f"--workdir={uninterrupted} holds a run of another recipe ({changes})" in err
     assert contents(uninterrupted) == before
 
@@ -405,7 +411,7 @@ def test_a_run_killed_anywhere_ends_as_if_it_never_was(program, uninterrupted, t
     if saved_steps(run):
         program.resume(run)
     else:
-        assert program.run(run).startswith("training cifar_resnet8")
+        assert program.run(run).startswith("training tiny")
     assert_same_run(run, uninterrupted)
 
 

@@ -1,0 +1,56 @@
+"""BatchNorm of a widening 1x1 convolution without its output: statistics of y = x W follow from those of x.
+
+E[y] = E[x] W and Cov[y] = W^T Cov[x] W. Normalising is then a matter of scaling W, and y as it was before, the widest
+array of a bottleneck, is neither written and read again in the forward pass nor kept for the backward one.
+"""
+
+import jax
+from jax import numpy as jnp
+
+
+@jax.custom_vjp
+def second_moment(x: jax.Array) -> jax.Array:
+    """Sums of x x^T over each group: [G, N, H, W, C] -> [G, C, C], float32 at least."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    # Accelerators would multiply float32 in fewer bits; of bfloat16 it costs nothing.
+    return jnp.einsum("gnhwi,gnhwj->gij", x, x, precision="highest", preferred_element_type=wide)
+
+
+def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return second_moment(x), x
+
+
+def _backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    # One product, where differentiating would make two.
+    return (product(x, gradient + gradient.mT),)
+
+
+second_moment.defvjp(_forward, _backward)
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A 1x1 convolution with a kernel for each group: [G, N, H, W, C], [G, C, F] -> [G, N, H, W, F], of x's dtype."""
+    kernel = kernel.astype(x.dtype)
+    if len(x) == 1:  # XLA fuses more of what is beside a plain convolution.
+        return jnp.matmul(x, kernel[0])
+    return jnp.einsum("gnhwi,gij->gnhwj", x, kernel)
+
+
+def product_moments(x: jax.Array, kernel: jax.Array, positions: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance of each channel of x @ kernel over each group, from the moments of x.
+
+    Args:
+      x: [G, N, H, W, C], zero at positions that don't count.
+      kernel: [C, F], float32 at least.
+      positions: how many count in each group, a number or [G, 1, 1, 1, 1].
+
+    Returns:
+      Two arrays [G, 1, 1, 1, F] of the kernel's dtype.
+    """
+    mean = (x.sum((1, 2, 3), keepdims=True, dtype=kernel.dtype) / positions)[:, 0, 0]  # [G, 1, C]
+    square = second_moment(x)[:, None, None] / positions
+    covariance = square[:, 0, 0] - mean.mT * mean
+    # Accelerators would multiply float32 in fewer bits.
+    var = (kernel * jnp.matmul(covariance, kernel, precision="highest")).sum(1, keepdims=True)
+    mean = jnp.matmul(mean, kernel, precision="highest")
+    return mean[:, None, None], jnp.maximum(var, 0)[:, None, None]
