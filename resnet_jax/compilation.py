@@ -62,7 +62,8 @@ def _own_folder() -> str:
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
     # On CPUs that gather slowly (Intel's from Skylake to Tiger Lake) XLA says of each program that it loads that it may
     # be of another machine, taking a preference for an ability: https://github.com/openxla/xla/issues/44565
-    if _gathers_slowly():
+    # Without accelerators, whose errors it would hide.
+    if os.environ.get("JAX_PLATFORMS") == "cpu" and _gathers_slowly():
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     return str(folder)
 

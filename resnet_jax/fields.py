@@ -58,9 +58,9 @@ _FIELDS = (
     Field("model.width", 1.0, "", "Channels of a residual net's layers, times the paper's.", POSITIVE),
     Field("model.scan", "auto", "", "Run long stretches of identical blocks as a loop, which compiles in the same time"
           " at any depth: true, false, or auto (true but on CPUs, where convolutions are slow in loops).",
-          ("auto", "true", "false"), recipe=False, tasks=("classification",)),
+          ("auto", "true", "false"), recipe=False),
     Field("model.remat", False, "", "Keep only the blocks' inputs for the backward pass and compute the rest again:"
-          " memory for time (residual nets).", recipe=False, tasks=("classification",)),
+          " memory for time (residual nets).", recipe=False),
     Field("model.space_to_depth", False, "", "Compute the 7x7 stem on 2x2 blocks of pixels: the same weights and"
           " output, faster on some devices.", recipe=False),
     Field("model.zero_init_last", False, "", "Start the last BN scale of each block at zero (residual nets)."),
@@ -277,7 +277,7 @@ _OF_TASKS = {
     ("classification",): (
         "data.name", "data.holdout", "data.placement", "data.crop", "data.smallest_area", "data.mean_image", "data.pad",
         "data.cache", "data.cache_gb", "data.cache_dir", "loss.label_smoothing", "optimizer.accumulate",
-        "optimizer.head_rate", "schedule.warmup_error",
+        "optimizer.head_rate", "schedule.warmup_error", "model.scan", "model.remat",
     ),
     ("classification", "localization"): (
         "data.image_size", "data.scales", "data.interpolation", "data.reduced_dct", "data.color_noise", "eval.resize",

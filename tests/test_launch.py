@@ -164,8 +164,10 @@ if child == 0:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 open(os.path.join({str(tmp_path)!r}, index + ("child" if child == 0 else "parent")), "w").write(str(os.getpid()))
 time.sleep(60)"""
+    # Where these tests were started by "&" in a script, SIGINT is ignored, and Bash could not trap it.
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
     launcher = subprocess.Popen(
-        ["bash", str(LAUNCH / "local.sh"), "2", *python(code)],
+        [sys.executable, "-c", heed, "bash", str(LAUNCH / "local.sh"), "2", *python(code)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
     )  # fmt: skip
     files = [tmp_path / f"{i}{kind}" for i in (0, 1) for kind in ("parent", "child")]

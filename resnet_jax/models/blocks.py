@@ -1,16 +1,21 @@
 """Residual blocks and their shortcuts (paper, section 3.2 and figures 2 and 5)."""
 
+import math
 from typing import Any
 
 from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
+from resnet_jax.distributed import platform
 from resnet_jax.models.layers import Conv
 from resnet_jax.models.normalisation import BatchNorm, count_devices, count_groups, normalisation
 
 # How a block's two branches meet: the paper's options A, B and C, none (plain nets), or a gate (Highway nets).
 SHORTCUTS = ("A", "B", "C", "none", "gated")
+
+# From how many positions for each input channel the moments of a 1x1 convolution's input are cheaper than its output.
+POSITIONS_PER_CHANNEL = 8
 
 
 def pad_shortcut(x: jax.Array, features: int, stride: int, zeros: str) -> jax.Array:
@@ -25,13 +30,18 @@ def pad_shortcut(x: jax.Array, features: int, stride: int, zeros: str) -> jax.Ar
 
 
 def normalised(conv: Conv, norm: nn.Module, x: jax.Array, train: bool) -> jax.Array:
-    """``norm(conv(x), train)``; trained BN takes its statistics from the convolution's input where that is smaller."""
-    smaller = conv.size == conv.stride == 1 and x.shape[-1] < conv.features
+    """``norm(conv(x), train)``; trained BN takes its statistics from the convolution's input where that is cheaper."""
+    widens = conv.size == conv.stride == 1 and x.shape[-1] < conv.features
     trained = train and isinstance(norm, BatchNorm) and norm.batch_norm != "frozen" and not norm.is_initializing()
-    # For several groups on one device XLA:TPU makes copies that cost more than is gained.
-    if smaller and trained and count_groups(norm.batch_norm, len(x)) <= count_devices():
-        return norm(x, train, kernel=conv.get_variable("params", "kernel")[0, 0])
-    return norm(conv(x), train)
+    if not (widens and trained):
+        return norm(conv(x), train)
+    groups, devices = count_groups(norm.batch_norm, len(x)), count_devices()
+    # What is computed of a group's moments has the size of a kernel and not of an image; and XLA:TPU makes copies of
+    # several groups on one device that cost more than is gained.
+    positions = math.prod(x.shape[:-1]) // groups
+    if positions < POSITIONS_PER_CHANNEL * x.shape[-1] or (platform() == "tpu" and groups > devices):
+        return norm(conv(x), train)
+    return norm(x, train, kernel=conv.get_variable("params", "kernel")[0, 0])
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from resnet_jax.distributed import BATCH_AXIS
 from resnet_jax.errors import UsageError
 from resnet_jax.models.layers import storage_dtype
-from resnet_jax.models.products import product, product_moments
+from resnet_jax.models.products import mean_of_product, product, variance_of_product
 
 # Wu and He's choice for ImageNet's networks (Group Normalization, 2018, section 4.1).
 CHANNEL_GROUPS = 32
@@ -94,16 +94,22 @@ class BatchNorm(nn.Module):
         x, scale = sign * x, sign * scale
         groups = count_groups(self.batch_norm, len(x))
         grouped = x.reshape(groups, -1, *x.shape[1:])
-        mean, var, weights = batch_moments(grouped, counted, kernel, dtype)
+        # The kernel in the compute dtype, as the convolution has it that evaluation applies.
+        rounded = None if kernel is None else kernel.astype(x.dtype).astype(dtype)
+        mean, var, positions, input_mean = batch_moments(grouped, counted, rounded, dtype)
         if not self.is_initializing():
-            square = var + jnp.square(mean)
-            batch_mean, batch_square = (jnp.average(x, 0, weights).reshape(channels) for x in (sign * mean, square))
+            total = positions.sum()
+            square, weights = var + jnp.square(mean), positions / jnp.maximum(total, 1)
+            batch_mean, batch_square = ((x * weights).sum(0).reshape(channels) for x in (sign * mean, square))
             batch_var = jnp.maximum(batch_square - jnp.square(batch_mean), 0)
+            kept = jnp.where(total > 0, self.momentum, 1).astype(dtype)
             for running, batch in ((running_mean, batch_mean), (running_var, batch_var)):
-                running.value = self.momentum * running.value + (1 - self.momentum) * batch
+                running.value = kept * running.value + (1 - kept) * batch
         factor = scale * jax.lax.rsqrt(var + self.epsilon)
         if kernel is not None:
-            y = product(grouped, kernel * factor.reshape(groups, 1, -1)) + (bias - mean * factor)
+            folded = (kernel * factor.reshape(groups, 1, -1)).astype(x.dtype)
+            # By what was rounded, so that what comes out is centred.
+            y = product(grouped, folded) + (bias - mean_of_product(input_mean, folded.astype(dtype)))
         else:
             pooled = pool(x) if early else x
             y = (pooled.reshape(groups, -1, *pooled.shape[1:]).astype(dtype) - mean) * factor + bias
@@ -113,7 +119,7 @@ class BatchNorm(nn.Module):
 
 def batch_moments(
     x: jax.Array, counted: jax.Array | None, kernel: jax.Array | None, dtype: Any
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Mean and biased variance of each channel over each group, in one pass over the data.
 
     Args:
@@ -123,20 +129,21 @@ def batch_moments(
       dtype: of the moments, float32 at least.
 
     Returns:
-      Two arrays [G, 1, ..., 1, C], or F for C, and how many positions each group has, [G], or None for as many in all.
+      Two arrays [G, 1, ..., 1, C], or F for C; how many positions each group has, of one channel of that shape; and
+      with a kernel the mean of x itself.
     """
-    axes, positions, weights = tuple(range(1, x.ndim - 1)), math.prod(x.shape[1:-1]), None
+    axes = tuple(range(1, x.ndim - 1))
+    positions = jnp.full((len(x), *[1] * (x.ndim - 1)), math.prod(x.shape[1:-1]), dtype)
     if counted is not None:
         counted = counted.reshape(*x.shape[:-1], 1)
-        x = jnp.where(counted, x, 0)
-        positions = counted.sum(axes, keepdims=True)
-        weights, positions = positions.reshape(-1), jnp.maximum(positions, 1)
+        x, positions = jnp.where(counted, x, 0), counted.sum(axes, keepdims=True).astype(dtype)
+    share = 1 / jnp.maximum(positions, 1)
+    input_mean = x.sum(axes, keepdims=True, dtype=dtype) * share
     if kernel is not None:
-        return *product_moments(x, kernel, positions), weights
-    x = x.astype(dtype)
-    mean = x.sum(axes, keepdims=True) / positions
-    square = jnp.square(x).sum(axes, keepdims=True) / positions
-    return mean, jnp.maximum(square - jnp.square(mean), 0), weights
+        variance = variance_of_product(x, input_mean, kernel, share)
+        return mean_of_product(input_mean, kernel), variance, positions, input_mean
+    square = jnp.square(x.astype(dtype)).sum(axes, keepdims=True) * share
+    return input_mean, jnp.maximum(square - jnp.square(input_mean), 0), positions, None
 
 
 class Bias(nn.Module):

@@ -36,21 +36,25 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.einsum("gnhwi,gij->gnhwj", x, kernel)
 
 
-def product_moments(x: jax.Array, kernel: jax.Array, positions: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and biased variance of each channel of x @ kernel over each group, from the moments of x.
+def mean_of_product(mean: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Means [G, 1, 1, 1, C] of x -> those of x @ kernel, [G, 1, 1, 1, F]; kernel [C, F] or one for each group."""
+    return jnp.matmul(mean[:, 0, 0], kernel, precision="highest")[:, None, None]
+
+
+def variance_of_product(x: jax.Array, mean: jax.Array, kernel: jax.Array, share: jax.Array) -> jax.Array:
+    """The biased variance of each channel of x @ kernel over each group, from the moments of x.
 
     Args:
       x: [G, N, H, W, C], zero at positions that don't count.
-      kernel: [C, F], float32 at least.
-      positions: how many count in each group, a number or [G, 1, 1, 1, 1].
+      mean: of x over those that do, [G, 1, 1, 1, C], float32 at least.
+      kernel: [C, F], of the mean's dtype.
+      share: 1 / the number of positions that count, [G, 1, 1, 1, 1].
 
     Returns:
-      Two arrays [G, 1, 1, 1, F] of the kernel's dtype.
+      [G, 1, 1, 1, F], of the mean's dtype.
     """
-    mean = (x.sum((1, 2, 3), keepdims=True, dtype=kernel.dtype) / positions)[:, 0, 0]  # [G, 1, C]
-    square = second_moment(x)[:, None, None] / positions
-    covariance = square[:, 0, 0] - mean.mT * mean
+    mean = mean[:, 0, 0]  # [G, 1, C]
+    covariance = second_moment(x) * share[:, 0, 0] - mean.mT * mean
     # Accelerators would multiply float32 in fewer bits.
-    var = (kernel * jnp.matmul(covariance, kernel, precision="highest")).sum(1, keepdims=True)
-    mean = jnp.matmul(mean, kernel, precision="highest")
-    return mean[:, None, None], jnp.maximum(var, 0)[:, None, None]
+    variance = (kernel * jnp.matmul(covariance, kernel, precision="highest")).sum(1, keepdims=True)
+    return jnp.maximum(variance, 0)[:, None, None]

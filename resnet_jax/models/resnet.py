@@ -34,10 +34,8 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         size, stride, pool = STEMS[self.kind]
-        on_blocks = self.space_to_depth and size == 7
-        x = Conv(
-            self.features, size, stride, init_fan=self.init_fan, on_blocks=on_blocks, dtype=self.dtype, name="conv"
-        )(x)
+        settings = {"init_fan": self.init_fan, "on_blocks": self.space_to_depth, "dtype": self.dtype}
+        x = Conv(self.features, size, stride, **settings, name="conv")(x)
         norm = normalisation(self.batch_norm, self.batch_norm_momentum, self.dtype, "bn")
         if not pool:
             return nn.relu(norm(x, train))
@@ -103,7 +101,7 @@ class ResNet(nn.Module):
       init_fan: He's fan, ``fan_out`` or ``fan_in``.
       batch_norm: over which examples statistics are taken: ``global``, ``per_device`` or ``group:N``; ``frozen`` uses
         the running ones in training too and leaves them as they are; ``group_norm`` or ``group_norm:N`` is GroupNorm
-        (``layers.count_channel_groups``), under BN's names and without running statistics.
+        (``normalisation.count_channel_groups``), under BN's names and without running statistics.
       freeze_at: how many of the leading ``parts`` training leaves as they are, statistics too: 0 none, 1 the stem, 2
         the stem and stage 1, ... (as detectron2 counts).
       space_to_depth: compute the ImageNet stem's convolution on 2x2 blocks of pixels, the same weights and output.
@@ -150,6 +148,8 @@ class ResNet(nn.Module):
         for field, known in choices.items():
             if getattr(self, field) not in known:
                 raise UsageError(f"{field} {getattr(self, field)!r} is unknown: {', '.join(known)}")
+        if self.space_to_depth and self.stem != "imagenet":
+            raise UsageError(f"space_to_depth is for the 7x7 stem alone; this network's is {self.stem!r}")
         shared = {name: getattr(self, name) for name in ("init_fan", "batch_norm", "batch_norm_momentum", "dtype")}
         settings = ("bottleneck", "shortcut", "shortcut_zeros", "stride_in", "zero_init_last", "gate_bias")
         block = shared | {name: getattr(self, name) for name in settings}

@@ -5,7 +5,7 @@ optimizer, checkpoint) compiles and runs as one of few layers does. At the edges
 analysis) it is ``stage1/block2/conv1/kernel`` [3, 3, 16, 16] and so on, as of a net of few blocks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 import re
 from typing import Any
 
@@ -28,9 +28,9 @@ def _blocks_of(name: str) -> range | None:
     return range(int(found[1]), int(found[2]) + 1) if found else None
 
 
-def in_run(path: Sequence[Any]) -> bool:
-    """Whether the array at a path of ``jax.tree_util`` keys is a whole run's, with a leading axis of blocks."""
-    return any(_RUN.fullmatch(key.key) for key in path)
+def in_run(names: Iterable[str]) -> bool:
+    """Whether the array under these names, one in another, is a whole run's, with a leading axis of blocks."""
+    return any(_RUN.fullmatch(name) for name in names)
 
 
 def per_block(tree: Any) -> Any:

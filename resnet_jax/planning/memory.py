@@ -92,6 +92,7 @@ def advise(
     accumulate: int,
     batch_norm: str,
     in_parts: bool = True,
+    remat: bool = False,
 ) -> str:
     """One line on what fits where a step does not: fewer images, or more parts, with BN's groups unchanged.
 
@@ -103,6 +104,7 @@ def advise(
       accumulate: ``optimizer.accumulate``.
       batch_norm: ``model.batch_norm``; the groups of ``group:N`` stay whole.
       in_parts: whether the task can work a batch through in parts.
+      remat: whether the network's blocks can be computed again in the backward pass, and are not yet.
 
     Returns:
       A sentence that names the ``optimizer.accumulate`` and ``batch_size`` that would do, or says that neither can.
@@ -126,10 +128,11 @@ def advise(
         ways.append(f"optimizer.accumulate={parts} (the same batch, {own // parts} images at once{changed})")
     if smaller > 0:
         ways.append(f"batch_size={smaller * devices * accumulate}")
+    less = "; model.remat=True needs less of each image" if remat else ""
     if ways:
-        return f"{needs}; would fit: {' or '.join(ways)}"
+        return f"{needs}; would fit: {' or '.join(ways)}{less}"
     least = f"a BN group of {group} images" if group > 1 else "one image"
-    return f"{needs}; even {least} on a device is too much"
+    return f"{needs}; even {least} on a device is too much{less}"
 
 
 def explain(
@@ -142,6 +145,7 @@ def explain(
     accumulate: int,
     batch_norm: str,
     in_parts: bool = True,
+    remat: bool = False,
 ) -> str:
     """``advise`` for a jitted step that a device's memory was too small for, when it was compiled or when it ran.
 
@@ -158,7 +162,7 @@ def explain(
             memory = memory_of(step.lower(*shapes).compile())
         except jax.errors.JaxRuntimeError:  # Out of memory again.
             memory = None
-    return advise(memory, limit, batch_size, devices, accumulate, batch_norm, in_parts)
+    return advise(memory, limit, batch_size, devices, accumulate, batch_norm, in_parts, remat)
 
 
 def largest_that_fits(fits: Callable[[int], bool], start: int, unit: int, tries: int = 6) -> Iterator[tuple[int, bool]]:

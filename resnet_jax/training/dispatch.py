@@ -120,4 +120,9 @@ class Dispatch:
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         parts, norm = config.optimizer.accumulate, config.model.batch_norm
         in_parts = reads(config, "optimizer.accumulate")
-        return memory.explain(error, *self._called, limit, config.batch_size, self._mesh.size, parts, norm, in_parts)
+        # On CPUs unrolled blocks are merged again with what was to be computed twice.
+        scans = config.model.scan == "true" or jax.default_backend() != "cpu"
+        remat = reads(config, "model.remat") and not config.model.remat and scans
+        return memory.explain(
+            error, *self._called, limit, config.batch_size, self._mesh.size, parts, norm, in_parts, remat
+        )

@@ -39,7 +39,7 @@ def adapt_kernels(trust: float, weight_decay: float) -> optax.GradientTransforma
             return gradient
         wide = jnp.promote_types(gradient.dtype, jnp.float32)
         # Blocks that are stored together have a norm each.
-        axes = tuple(range(1 if in_run(path) else 0, kernel.ndim))
+        axes = tuple(range(1 if in_run(key.key for key in path) else 0, kernel.ndim))
         size, slope = (
             jnp.sqrt(jnp.square(array.astype(wide)).sum(axes, keepdims=True)) for array in (kernel, gradient)
         )

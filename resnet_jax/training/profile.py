@@ -67,8 +67,11 @@ class Profile:
             self._trace = trace
 
     def close(self) -> None:
-        """Writes what has been traced, if a trace is being made."""
+        """Writes what has been traced, if a trace is being made; says so if no step of those asked for was run."""
         if not self._trace:
+            if self._wanted:
+                self._say(f"warning: no profile: steps {self._first} to {self._last} were not run after the first ones")
+            self._wanted = False
             return
         trace, self._trace = self._trace, None
         with trace, self._warning():

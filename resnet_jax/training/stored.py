@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from resnet_jax import buckets
 from resnet_jax.buckets import files_below, in_bucket
 from resnet_jax.errors import UsageError
+from resnet_jax.models.stacking import in_run
 from resnet_jax.training.fingerprint import fingerprints, layouts, other_layout
 
 # Orbax's names in a checkpoint's folder, and in the name of a folder that is not whole yet.
@@ -161,6 +162,9 @@ def load(folder: epath.Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
     _hush()
     record, marks = read_record(folder)
     if like is not None and marks is not None and (other := other_layout(marks, layouts(like))):
+        if not in_run("/".join(marks).split("/")) and in_run("/".join(layouts(like)).split("/")):
+            raise UsageError(f"{folder}: of an older version, which stored every block by itself; set another --workdir"
+                             " and --config.init.weights to this run's folder to start from its weights")  # fmt: skip
         raise UsageError(f"{folder}: of another network or optimizer than the config's ({other})")
     try:
         with warnings.catch_warnings():

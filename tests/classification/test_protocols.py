@@ -235,7 +235,12 @@ def test_ten_crop_is_the_mean_softmax_of_ten_crops_cut_by_hand(folder, devices, 
 
 @pytest.mark.parametrize(
     ("devices", "mean", "shapes"),
-    [pytest.param(1, "channel", SHAPES, marks=pytest.mark.slow), (8, "channel", SHAPES), (1, "pixel", FEW)],
+    [
+        pytest.param(1, "channel", SHAPES, marks=pytest.mark.slow, id="one device"),
+        pytest.param(8, "channel", SHAPES, marks=pytest.mark.slow, id="eight devices, many canvases"),
+        pytest.param(8, "channel", FEW, id="eight devices"),
+        pytest.param(1, "pixel", FEW, id="a mean image"),
+    ],
 )
 def test_multi_scale_is_the_mean_over_positions_mirror_images_and_scales(tmp_path, devices, mean, shapes, capsys):
     folder = write_photos(tmp_path / "photos", shapes)
@@ -245,7 +250,7 @@ def test_multi_scale_is_the_mean_over_positions_mirror_images_and_scales(tmp_pat
     expected = np.array([multi_scale_by_hand(weights, file, channels, std) for file in photos_of(folder)])
     assert_scores(evaluation, expected, labels_of(folder))
     said = re.search(r"multi_scale: (\d+) images at (\d+) scales have (\d+) shapes to compile", capsys.readouterr().out)
-    # Ratios up to 1.34, 1.51, 2 and 8, lying and standing where both occur: six canvases at each of two scales.
+    # SHAPES: ratios up to 1.34, 1.51, 2 and 8, lying and standing where both occur: six canvases at each of two scales.
     assert said.groups() == (str(len(shapes)), "2", str(2 * len({canvas_by_hand(*shape) for shape in shapes})))
 
 

@@ -208,3 +208,12 @@ def test_with_a_pool_it_is_followed_by_relu_and_pool(batch_norm, inputs):
     pick = lambda tree: (jax.tree.map(lambda gradient: gradient[..., [0, 1, 3]], tree[0]), tree[1])
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     jax.tree.map(close, pick(found), pick(plain))
+
+
+def test_a_batch_of_which_nothing_counts_leaves_the_running_statistics(inputs):
+    layer = BatchNorm("group:8", MOMENTUM)
+    variables = layer.init(jax.random.key(0), inputs, train=False)
+    counted = np.zeros(SHAPE[:3], bool)
+    y, updated = layer.apply(variables, inputs, True, counted=counted, mutable=["batch_stats"])
+    assert np.isfinite(y).all()
+    jax.tree.map(np.testing.assert_array_equal, updated["batch_stats"], variables["batch_stats"])

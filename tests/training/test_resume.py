@@ -450,7 +450,7 @@ def test_a_run_killed_from_outside_again_and_again_ends_as_if_it_never_was(progr
         with program.start(run) as process:
             while process.poll() is None:
                 if max(saved_steps(run), default=0) > before:  # It got further; let it be a while longer.
-                    time.sleep(moment.uniform(0, 0.1))
+                    time.sleep(moment.uniform(0, 0.05))
                     process.kill()
                     break
                 time.sleep(0.001)
