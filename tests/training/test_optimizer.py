@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from resnet_jax.config import default_config
+from resnet_jax.models.stacking import per_block, stack
 from resnet_jax.training.optimizer import make_optimizer
 
 # Ten steps, a drop of the rate by ten before the sixth.
@@ -227,6 +228,24 @@ def test_lars_leaves_a_kernel_or_gradient_of_zero_as_sgd_has_it(weight_decay):
         updates, _ = optimizer.update(grads, optimizer.init(params), params, learning_rate=jnp.float32(1))
         expected = -(np.array(grad) + weight_decay * np.array(kernel))
         np.testing.assert_allclose(updates["layer"]["kernel"], expected, rtol=1e-6)
+
+
+def test_lars_of_blocks_that_are_stored_together_is_that_of_each():
+    config = default_config().optimizer
+    config.update(momentum=0.0, weight_decay=0.1, **LARS)
+    optimizer, random = make_optimizer(config), np.random.default_rng(0)
+    like = {"stage1": {"block1": 0, "block2_to_9": 0}}
+    apart = [
+        {"stage1": {f"block{i}": {"kernel": i * random.normal(size=(1, 1, 2, 3))} for i in range(1, 10)}}
+        for _ in range(2)
+    ]
+
+    def update(params, grads):
+        return optimizer.update(grads, optimizer.init(params), params, learning_rate=jnp.float32(1))[0]
+
+    together = update(*(stack(tree, like) for tree in apart))
+    assert together["stage1"]["block2_to_9"]["kernel"].shape == (8, 1, 1, 2, 3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), per_block(together), update(*apart))
 
 
 @pytest.mark.parametrize("settings", [{}, LARS], ids=["sgd", "lars"])
