@@ -3,7 +3,8 @@
     python -m resnet_jax.main --config=detection/bccd --config.data.dir=BCCD
 
 BCCD is VOC's layout: Annotations, ImageSets/Main/{trainval,test}.txt, JPEGImages. An accelerator's recipe; on two CPU
-cores --config.model.width=0.5 --config.detection.shorter=240 --config.detection.longer=320 --config.steps=600.
+cores --config.model.width=0.5 --config.detection.shorter=240 --config.detection.longer=320 --config.steps=300
+--config.schedule.warmup_steps=50, which gave 58% mAP.
 """
 
 from resnet_jax.config import default_config

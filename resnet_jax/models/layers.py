@@ -85,6 +85,20 @@ def average_pool(x: jax.Array, window: int) -> jax.Array:
     return nn.avg_pool(x, (window, window), (1, 1))
 
 
+def convolve(x: jax.Array, kernel: jax.Array, stride: int, pad: int) -> jax.Array:
+    """The convolution of [N, H, W, C_in] with [size, size, C_in, C_out], ``pad`` zeros on every side."""
+    if kernel.shape[0] == 1 and not pad and platform() == "cpu":
+        # XLA:CPU takes up to twenty times as long for the gradient of such a kernel by a convolution.
+        return jnp.matmul(x[:, ::stride, ::stride], kernel[0, 0])
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
 class Conv(nn.Module):
     """A square convolution [N, H, W, C_in] -> [N, H', W', C_out], padded by ``(size - 1) // 2`` unless told."""
 
@@ -112,25 +126,12 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", he_normal(self.init_fan, self.init_gain), shape, storage_dtype(self.dtype))
-        y = self._convolve(x.astype(self.dtype), kernel.astype(self.dtype))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        y = conv_on_blocks(x, kernel) if self.on_blocks else convolve(x, kernel, self.stride, self.pad)
         if self.use_bias:
             init = nn.initializers.constant(self.bias_init)
             y = y + self.param("bias", init, (self.features,), storage_dtype(self.dtype)).astype(self.dtype)
         return y
-
-    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        if self.on_blocks:
-            return conv_on_blocks(x, kernel)
-        if self.size == 1 and not self.pad and platform() == "cpu":
-            # XLA:CPU takes up to twenty times as long for the gradient of such a kernel by a convolution.
-            return jnp.matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0])
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(self.stride, self.stride),
-            padding=((self.pad, self.pad), (self.pad, self.pad)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
 
 
 class Head(nn.Module):
