@@ -257,7 +257,8 @@ def test_the_command_prints_json_and_writes_features_and_heatmaps(pictures, tmp_
     save_safetensors(tmp_path / "net.safetensors", MODEL, make_weights())
     command = [sys.executable, "-m", "resnet_jax.predict", "--weights=net.safetensors", "--json", "--top=2",
                "--features=features.npz", "--heatmap=maps", "--batch=2", *pictures]  # fmt: skip
-    environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"], "HOME": "/nowhere"}
+    environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"], "HOME": "/nowhere",
+                   "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"]}  # fmt: skip
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
@@ -274,7 +275,8 @@ def test_the_command_prints_json_and_writes_features_and_heatmaps(pictures, tmp_
 
 def command(folder: pathlib.Path, *arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
     """predict, in a process of its own; or ``code`` that starts it."""
-    environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"], "HOME": "/nowhere"}
+    environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"], "HOME": "/nowhere",
+                   "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"]}  # fmt: skip
     start = ["-c", code] if code else ["-m", "resnet_jax.predict"]
     return subprocess.run([sys.executable, *start, *arguments], cwd=folder, env=environment, capture_output=True,
                           text=True)  # fmt: skip

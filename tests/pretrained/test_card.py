@@ -90,7 +90,8 @@ def converted(tmp_path_factory) -> pathlib.Path:
     add("linear.weight", 10, 64)
     add("linear.bias", 10)
     save_file(arrays, folder / "aka.safetensors")
-    environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"], "HOME": "/nowhere"}
+    environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"], "HOME": "/nowhere",
+                   "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"]}  # fmt: skip
     for output in ("net.safetensors", "net.stablehlo"):
         command = [sys.executable, "-m", "resnet_jax.convert", "--model=cifar_resnet8", "--weights=aka.safetensors",
                    f"--output={output}"]  # fmt: skip

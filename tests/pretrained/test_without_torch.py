@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 from resnet_jax import UsageError, create_model, load_pretrained
 
 ROOT = pathlib.Path(__file__).parents[2]
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"], "HOME": "/nowhere"}
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"], "HOME": "/nowhere",
+               "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"]}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
