@@ -1,7 +1,8 @@
 """All tests run on eight virtual CPU devices; those of one device take a mesh of one.
 
 What several tests, or the processes that they start, compile alike is compiled once: one folder is all pytest's.
-Tests compile without LLVM's optimizations, which would take most of the time; the processes that they start, with them.
+Tests compile without LLVM's optimizations, which would take most of the time; those marked slow, and the processes that
+tests start, with them: they compute for longer than they compile.
 """
 
 import os
@@ -12,7 +13,10 @@ import jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_runtest_setup(item):
+    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("slow") is None)
 
 
 def pytest_configure(config):
