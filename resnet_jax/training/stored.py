@@ -160,9 +160,10 @@ def load(folder: epath.Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
       UsageError: it is whole, and of another network or optimizer than ``like``; or it may not be read.
     """
     _hush()
+    stacked = lambda names: in_run(part for name in names for part in name.split("/"))
     record, marks = read_record(folder)
     if like is not None and marks is not None and (other := other_layout(marks, layouts(like))):
-        if not in_run("/".join(marks).split("/")) and in_run("/".join(layouts(like)).split("/")):
+        if not stacked(marks) and stacked(layouts(like)):
             raise UsageError(f"{folder}: of an older version, which stored every block by itself; set another --workdir"
                              " and --config.init.weights to this run's folder to start from its weights")  # fmt: skip
         raise UsageError(f"{folder}: of another network or optimizer than the config's ({other})")

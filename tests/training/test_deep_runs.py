@@ -12,6 +12,7 @@ from resnet_jax import load_pretrained
 from resnet_jax.config import load_config, validate
 from resnet_jax.data import digits
 from resnet_jax.errors import UsageError
+from resnet_jax.models import resnet
 from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.paper.analysis import analyse
@@ -107,3 +108,11 @@ def test_each_block_of_a_run_can_be_looked_at(runs):
 def test_nets_without_residual_blocks_can_not_be_scanned(tmp_path):
     with pytest.raises(UsageError, match=r"model\.scan: vgg16 has no residual blocks"):
         run_task(settings(**{"model.name": "vgg16", "model.scan": "true"}), tmp_path / "run", "train")
+
+
+def test_a_run_of_before_blocks_were_stored_together_says_how_to_go_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(resnet, "SHORTEST_RUN", 99)
+        assert run_task(settings(steps=2), tmp_path / "run", "train") == 0
+    with pytest.raises(UsageError, match=r"of an older version, .* --config\.init\.weights to this run's folder"):
+        run_task(settings(), tmp_path / "run", "train")
