@@ -66,6 +66,7 @@ def our_network(config: ml_collections.ConfigDict, scene: Scene) -> dict[str, Ca
         "epoch": np.zeros(count, np.int32),
     }
     resident = {"mean": np.array(IMAGENET_MEAN, np.float32), "std": np.array(IMAGENET_STD, np.float32)}
+    resident["seed"] = np.uint32(0)
     batch, resident = jax.device_put((batch, resident))
     step = jax.jit(steps.make_train_step(model, optimizer, config, settings, 1000), donate_argnums=0)
     infer = jax.jit(make_inference_step([model], settings))

@@ -112,8 +112,8 @@ def main() -> None:
     from resnet_jax.models.resnet import ResNet
     from resnet_jax.training.checkpoints import Checkpoints
     from resnet_jax.training.dispatch import Dispatch
-    from resnet_jax.training.loop import Training
     from resnet_jax.training.metrics import Console
+    from resnet_jax.training.run import Run
     from resnet_jax.training.signals import StopSignal
 
     MODELS["tiny"] = functools.partial(ResNet, blocks=(1,), widths=(4,), shortcut="A", stem="cifar", stem_width=4)
@@ -130,13 +130,16 @@ def main() -> None:
         join(seconds)
 
     peers.join = joined
-    around(Training, "_resume", nothing, lambda found: found and phases.resumed(found[1]))
+    around(Run, "_resume", nothing, lambda found: found and phases.resumed(found[1]))
     around(Dispatch, "advance", lambda *_: phases.enter("training"), lambda _: phases.leave("training"))
     around(Console, "advance", phases.stepped)
     around(Classification, "evaluate", lambda *_: phases.enter("evaluating"), lambda _: phases.leave("evaluating"))
-    around(Training, "_save", lambda state, step, *_: phases.tell("save", step=step))
     around(Checkpoints, "save", lambda *_: phases.enter("saving"))
-    finish = Checkpoints._finish
+    save, finish = Run.save, Checkpoints._finish
+
+    def saving(self: Run) -> None:
+        phases.tell("save", step=self.step)
+        save(self)
 
     def finishing(self: Checkpoints, response: Any, step: int, *rest: Any) -> None:
         try:
@@ -145,7 +148,7 @@ def main() -> None:
         finally:
             phases.leave("saving")
 
-    Checkpoints._finish = finishing
+    Run.save, Checkpoints._finish = saving, finishing
     runpy.run_module("resnet_jax.main", run_name="__main__", alter_sys=True)
 
 

@@ -115,8 +115,8 @@ def fill(shapes: tuple[Any, Any, Any], batch: Batch, mesh: jax.sharding.Mesh) ->
         "index": np.arange(count, dtype=np.int32),
         "epoch": np.zeros(count, np.int32),
     }
-    mean = {"mean": np.array(IMAGENET_MEAN), "std": np.ones(3)}
-    resident = {name: np.broadcast_to(mean[name], x.shape).astype(x.dtype) for name, x in shapes[2].items()}
+    known = {"mean": np.array(IMAGENET_MEAN), "std": np.ones(3), "seed": np.uint32(0)}
+    resident = {name: np.broadcast_to(known[name], x.shape).astype(x.dtype) for name, x in shapes[2].items()}
     return distributed.shard_batch(mesh, host), distributed.replicate(mesh, resident)
 
 

@@ -24,6 +24,15 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
 
 
+def count_devices() -> int:
+    """Over how many devices a batch is split, by the mesh in force (``jax.set_mesh``).
+
+    One without a mesh, and in what each device runs by itself (``jax.shard_map``).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if BATCH_AXIS in mesh.manual_axes else dict(mesh.shape).get(BATCH_AXIS, 1)
+
+
 def platform() -> str:
     """``cpu``, ``gpu`` or ``tpu``: what the mesh in force is of, even if it is only compiled for."""
     device = jax.sharding.get_abstract_mesh().abstract_device

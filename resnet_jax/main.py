@@ -28,6 +28,9 @@ flags.DEFINE_enum(
 flags.DEFINE_list(
     "seeds", None, "Several runs, one a seed (--seeds=0,1,2), each in its own folder seed_<N> of workdir."
 )
+flags.DEFINE_integer(
+    "seeds_at_once", 1, "How many of --seeds train in one program, where one does not fill the devices.", lower_bound=1
+)
 flags.DEFINE_string("coordinator", None, "Several processes started by hand: HOST:PORT of process 0.")
 flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
@@ -56,13 +59,15 @@ def main(overrides: list[tuple[str, str]]) -> int:
 
     explicit = [name for name, _ in overrides]
     if FLAGS.seeds is None:
+        if FLAGS.seeds_at_once > 1:
+            raise UsageError(f"--seeds_at_once={FLAGS.seeds_at_once} needs --seeds, as --seeds=0,1,2")
         return run_task(config, workdir, FLAGS.mode, explicit)
     seeds = [int(seed) if seed.isdecimal() else None for seed in FLAGS.seeds]
     if not seeds or None in seeds or len(set(seeds)) < len(seeds) or "seed" in explicit:
         raise UsageError(
             f"--seeds={','.join(FLAGS.seeds)}: expected different whole numbers, as 0,1,2, and no --config.seed"
         )
-    return run_seeds(config, workdir, FLAGS.mode, seeds, explicit)
+    return run_seeds(config, workdir, FLAGS.mode, seeds, explicit, FLAGS.seeds_at_once)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import statistics
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -28,6 +30,7 @@ from resnet_jax.pretrained.start import starting_weights
 from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.loop import Training
 from resnet_jax.training.results import title
+from resnet_jax.training.run import Run
 from resnet_jax.training.signals import StopSignal
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Task
@@ -66,13 +69,37 @@ def run_task(config: ml_collections.ConfigDict, workdir: Folder, mode: str, expl
     Raises:
       UsageError: before anything is written, where config, data, devices and work directory don't fit.
     """
-    with StopSignal() as stop:
-        return _run(config, absolute(workdir), mode, explicit, stop)
+    return _run([Member(config, workdir)], mode, explicit)
 
 
-def _run(
-    config: ml_collections.ConfigDict, workdir: Folder, mode: str, explicit: Collection[str], stop: StopSignal
-) -> int:
+class Member(NamedTuple):
+    """One of the runs that a command does at once: its config and work directory, and what its lines begin with."""
+
+    config: ml_collections.ConfigDict
+    workdir: Folder
+    name: str = ""
+
+
+def _run(members: Sequence[Member], mode: str, explicit: Collection[str]) -> int:
+    with StopSignal() as stop, contextlib.ExitStack() as stack:
+        members = [member._replace(workdir=absolute(member.workdir)) for member in members]
+        for member in members:
+            _check(member.config, member.workdir, mode)
+        if members[0].config.model.dtype == "float64":
+            jax.config.update("jax_enable_x64", True)
+        mesh = distributed.make_mesh()
+        stack.enter_context(jax.set_mesh(mesh))
+        runs = [_open(member, mesh, mode, explicit, stack, watched=member is members[0]) for member in members]
+        if mode == "train":
+            return Training(runs, mesh).run(stop)
+        (run,) = runs
+        if mode == "eval":
+            return run.evaluate_only(stop)
+        return run.evaluate_only(stop, functools.partial(_calibrate, run), "calibrated")
+
+
+def _check(config: ml_collections.ConfigDict, workdir: Folder, mode: str) -> None:
+    """Raises a UsageError where a run can't be what is asked for, before data or devices are looked at."""
     done = latest_step(workdir)
     if peers.peers():
         own = {field.name for field in FIELDS if field.unit == "path" and not field.recipe}  # As disks are mounted.
@@ -93,68 +120,97 @@ def _run(
             raise UsageError(f"--mode={mode}: {workdir} has no checkpoint; {way}")
         if config.init.head == "replace":
             raise UsageError(f"--mode={mode}: a new head knows nothing; --config.init.head=keep evaluates the weights'")
-    if config.model.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
-    mesh = distributed.make_mesh()
-    with jax.set_mesh(mesh):
-        start = starting_weights(config) if done is None else resumed(workdir)
-        task = TASKS[config.task](config, mesh, start, explicit)
-        train = mode == "train"
-        if done is not None:
-            check_data(workdir, task.description, training=train)
-        if train and (done or 0) > task.total_steps:
-            raise UsageError(f"--workdir={workdir} is at step {done} already, beyond the {task.total_steps} asked for")
-        if peers.peers():
-            peers.peers().agree("data", task.fingerprint())
 
-        def calibrate(state: TrainState, poll: Callable[[], None]) -> TrainState:
-            state = task.calibrated(state, poll)
-            if not distributed.leads():
-                return state
-            found = Pretrained.of_run(task.description, per_block(jax.device_get(state.variables)))
-            found = dataclasses.replace(found, history={"source": f"{workdir.name}, calibrated (a run of ours)"})
-            save_safetensors(workdir / CALIBRATED, config.model.name, found)
-            print(f"wrote {workdir / CALIBRATED}", flush=True)
-            return state
 
-        with contextlib.ExitStack() as stack:
-            writes = train or done is None  # Another command's settings are not the run's.
-            if writes and distributed.leads():
-                open_workdir(workdir, flatten(config), task.description | {"explicit": sorted(explicit)})
-                stack.enter_context(lock(workdir / ".lock", f"--workdir={workdir}: another process is training there"))
-            if writes:
-                check_shared(workdir)
-            training = Training(task, config, workdir, mesh, write=writes, stop=stop)
-            if train:
-                return training.run()
-            return training.evaluate_only(*((calibrate, "calibrated") if mode == "calibrate" else ()))
+def _open(
+    member: Member,
+    mesh: jax.sharding.Mesh,
+    mode: str,
+    explicit: Collection[str],
+    stack: contextlib.ExitStack,
+    watched: bool,
+) -> Run:
+    """A run that can be what is asked for; where it is written to, its folder is locked until ``stack`` is left."""
+    config, workdir, name = member
+    done, train = latest_step(workdir), mode == "train"
+    start = starting_weights(config) if done is None else resumed(workdir)
+    task = TASKS[config.task](config, mesh, start, explicit)
+    if name and task.streams:
+        raise UsageError("--seeds_at_once is for data that lies on the devices (data.placement), not for streams")
+    if done is not None:
+        check_data(workdir, task.description, training=train)
+    if train and (done or 0) > task.total_steps:
+        raise UsageError(f"--workdir={workdir} is at step {done} already, beyond the {task.total_steps} asked for")
+    if peers.peers():
+        peers.peers().agree("data", task.fingerprint())
+    writes = train or done is None  # Another command's settings are not the run's.
+    if writes and distributed.leads():
+        open_workdir(workdir, flatten(config), task.description | {"explicit": sorted(explicit)})
+        stack.enter_context(lock(workdir / ".lock", f"--workdir={workdir}: another process is training there"))
+    if writes:
+        check_shared(workdir)
+    return Run(task, config, workdir, mesh, writes, name, watched)
+
+
+def _calibrate(run: Run, state: TrainState, poll: Callable[[], None]) -> TrainState:
+    state = run.task.calibrated(state, poll)
+    if not distributed.leads():
+        return state
+    found = Pretrained.of_run(run.task.description, per_block(jax.device_get(state.variables)))
+    found = dataclasses.replace(found, history={"source": f"{run.workdir.name}, calibrated (a run of ours)"})
+    save_safetensors(run.workdir / CALIBRATED, run.config.model.name, found)
+    print(f"wrote {run.workdir / CALIBRATED}", flush=True)
+    return state
 
 
 def run_seeds(
-    config: ml_collections.ConfigDict, workdir: Folder, mode: str, seeds: Sequence[int], explicit: Collection[str]
+    config: ml_collections.ConfigDict,
+    workdir: Folder,
+    mode: str,
+    seeds: Sequence[int],
+    explicit: Collection[str],
+    at_once: int = 1,
 ) -> int:
-    """Does the same for several seeds, one after another; returns the exit status of the first that has one.
+    """Does the same for several seeds; returns the exit status of the first that has one.
 
     Each has its folder ``seed_<N>`` in ``workdir``; the same call goes on where it was stopped. ``seeds.json`` (of
     another evaluation than the usual one ``seeds_<its name>.json``) has the errors, their mean and their standard
     deviation (of a sample: n - 1).
+
+    Args:
+      config: the whole config.
+      workdir: of all.
+      mode: as of ``run_task``.
+      seeds: whole numbers.
+      explicit: as of ``run_task``.
+      at_once: how many of them train in one program.
+
+    Raises:
+      UsageError: as ``run_task``; or ``at_once`` is not for what is asked.
     """
-    figures, name, task = {}, "calibrated" if mode == "calibrate" else "", TASKS[config.task]
+    if at_once > 1 and mode != "train":
+        raise UsageError(f"--seeds_at_once={at_once} is for --mode=train; {mode} takes one seed after another")
+    if at_once > 1 and jax.process_count() > 1:
+        raise UsageError(f"--seeds_at_once={at_once} is for one process; several share each seed's batches")
+    name, task = "calibrated" if mode == "calibrate" else "", TASKS[config.task]
     protocol = CENTER if mode == "train" else config.eval.protocol
-    for seed in seeds:
-        config = config.copy_and_resolve_references()
-        config.seed = seed
-        print(f"seed {seed}", flush=True)
-        status = run_task(config, workdir / f"seed_{seed}", mode, explicit)
+    for first in range(0, len(seeds), at_once):
+        members = []
+        for seed in seeds[first : first + at_once]:
+            own = config.copy_and_resolve_references()
+            own.seed = seed
+            members.append(Member(own, workdir / f"seed_{seed}", f"seed {seed}" if at_once > 1 else ""))
+        print(f"seed {', '.join(str(member.config.seed) for member in members)}", flush=True)
+        status = _run(members, mode, explicit)
         if status:
             return status
-        if distributed.leads():  # Who has written them.
-            results = results_folder(workdir / f"seed_{seed}", name, protocol)
-            figures[str(seed)] = read_json(results / "summary.json")[task.objective]
-    if not distributed.leads():
+    if not distributed.leads():  # Who has written them.
         return 0
+    folders = {seed: results_folder(workdir / f"seed_{seed}", name, protocol) for seed in seeds}
+    figures = {str(seed): read_json(folder / "summary.json")[task.objective] for seed, folder in folders.items()}
     found = {task.objective: figures, **spread(list(figures.values()), task.sign)}
-    where = workdir / ("seeds.json" if results.name.startswith("seed_") else f"seeds_{results.name}.json")
+    last = folders[seeds[-1]].name
+    where = workdir / ("seeds.json" if last.startswith("seed_") else f"seeds_{last}.json")
     write_json(where, found)
     deviation = "" if found["std"] is None else f" +- {found['std']:.2f}"
     print(f"{len(seeds)} seeds: {title(task.objective)} {found['mean']:.2f}{deviation}%, best {found['best']:.2f}%;"

@@ -81,7 +81,7 @@ def abstract_step(
     network.check_groups(config, mesh.size)
     model = network.make_model(config, known.classes)
     optimizer = make_optimizer(config.optimizer, network.rate_factors(config, model))
-    step = steps.make_train_step(model, optimizer, config, _total_steps(config, known) or 1, mesh.size)
+    step = steps.make_train_step(model, optimizer, config, _total_steps(config, known) or 1)
 
     streams = data.placement == "stream" or (data.placement == "auto" and data.crop != "whole")
     shape = known.shape
@@ -94,7 +94,7 @@ def abstract_step(
     whole = partial(jax.ShapeDtypeStruct, sharding=distributed.replicated(mesh))
     split = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding)
     resident = {"mean": whole(shape if data.mean == "pixel" or data.mean_image else shape[-1:], dtype)}
-    resident["std"] = whole(shape[-1:], dtype)
+    resident |= {"std": whole(shape[-1:], dtype), "seed": whole((), jnp.uint32)}
     batch = {"index": split(), "epoch": split()}
     if streams:
         batch |= {"images": split(*shape, dtype=jnp.uint8), "labels": split()}

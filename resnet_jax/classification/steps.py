@@ -10,12 +10,13 @@ import ml_collections
 import optax
 
 from resnet_jax.data import augment
-from resnet_jax.distributed import platform
+from resnet_jax.distributed import count_devices, platform
 from resnet_jax.training import schedules, update
 from resnet_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
-# Arrays that lie on the devices throughout: mean, std, and for small data images uint8 [N, H, W, C], labels int32 [N].
+# Arrays that lie on the devices throughout: mean, std; in training the run's seed, uint32; and for small data images
+# uint8 [N, H, W, C], labels int32 [N].
 Resident = dict[str, jax.Array]
 
 
@@ -72,7 +73,6 @@ def make_train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     config: ml_collections.ConfigDict,
     total_steps: int,
-    devices: int = 1,
 ) -> Callable[[TrainState, Batch, Resident], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the training step, to be jitted over a mesh (``jax.set_mesh``).
 
@@ -81,7 +81,6 @@ def make_train_step(
       optimizer: of ``make_optimizer``.
       config: the whole config.
       total_steps: length of the training, for the schedule.
-      devices: how many the batch is split over.
 
     Returns:
       ``step(state, {"index", "epoch"}, resident) -> state, metrics``; index and epoch are int32 [B]; a batch may
@@ -94,7 +93,7 @@ def make_train_step(
     unroll = platform() == "cpu"  # XLA:CPU runs convolutions many times slower inside a loop.
 
     def step(state: TrainState, batch: Batch, resident: Resident):
-        augment_seed, dropout_seed = jax.random.split(jax.random.key(config.seed))
+        augment_seed, dropout_seed = jax.random.split(jax.random.key(resident["seed"]))
 
         def forward(params, part, number):
             images, labels = take_images(part, resident)
@@ -127,7 +126,7 @@ def make_train_step(
         else:
             # Summed as they come, gradients take the memory of one part's, and devices exchange the sum alone.
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            numbered = (split_batch(batch, parts, devices), jnp.arange(parts))
+            numbered = (split_batch(batch, parts, count_devices()), jnp.arange(parts))
             total, (loss, error, stats) = jax.lax.scan(add_part, zeros, numbered, unroll=unroll)
             loss, error, grads = loss.mean(), error.mean(), jax.tree.map(lambda x: x / parts, total)
             stats = merge_batch_stats(stats, config.model.batch_norm_momentum)

@@ -99,11 +99,11 @@ class Classification:
         self.examples_per_step = config.batch_size
         self.examples_per_epoch = train.examples
         self.total_steps = config.steps or math.ceil(config.epochs * train.examples / config.batch_size)
-        self.resident = train.resident
+        self.resident = train.resident | distributed.replicate(mesh, {"seed": np.uint32(config.seed)})
         self.streams = "images" not in train.resident
         protocols.check_protocol(config.eval.protocol, config, self.streams)
         self.validation = "holdout" if config.data.holdout else "test"
-        self.train_step = steps.make_train_step(self.model, self._optimizer, config, self.total_steps, mesh.size)
+        self.train_step = steps.make_train_step(self.model, self._optimizer, config, self.total_steps)
 
     def _shapes(self) -> TrainState:
         """The state's shapes; a UsageError where the images are too small for the network."""

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from resnet_jax.distributed import BATCH_AXIS
+from resnet_jax.distributed import BATCH_AXIS, count_devices
 
 
 def for_each_image(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -16,7 +16,7 @@ def for_each_image(function: Callable[..., Any]) -> Callable[..., Any]:
     NMS's, would else wait for each other at every round. A batch that does not divide over them, as the single image
     of an initialisation, is not split.
     """
-    mapped, devices = jax.vmap(function), dict(jax.sharding.get_abstract_mesh().shape).get(BATCH_AXIS, 1)
+    mapped, devices = jax.vmap(function), count_devices()
     split = PartitionSpec(BATCH_AXIS)
 
     def apply(*arrays: Any) -> Any:

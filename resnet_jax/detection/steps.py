@@ -52,14 +52,14 @@ class Forward(NamedTuple):
     codes: jax.Array
 
 
-def forward(network: FasterRCNN, images: jax.Array, batch: Batch, seed: int, settings: Settings) -> Forward:
+def forward(network: FasterRCNN, images: jax.Array, batch: Batch, seed: jax.Array, settings: Settings) -> Forward:
     """The network in training: ``model.apply(..., method=forward)``.
 
     Args:
       network: bound to its variables.
       images: normalised [n, H, W, 3].
       batch: the rest of it.
-      seed: what is drawn follows from (seed, epoch, index) of each image alone.
+      seed: uint32 scalar; what is drawn follows from (seed, epoch, index) of each image alone.
       settings: how proposals are made and what is drawn.
     """
     maps, map_extents = network.features(images, batch["extent"], train=True)
@@ -117,7 +117,7 @@ def make_train_step(
     Args:
       model: the network.
       optimizer: of ``make_optimizer``. Whatever it decays, frozen parameters stay as they are.
-      config: the whole config, of which ``seed``, ``schedule`` and ``optimizer.ema`` are read.
+      config: the whole config, of which ``schedule`` and ``optimizer.ema`` are read.
       settings: Faster R-CNN's numbers.
       total_steps: length of the training, for the schedule.
 
@@ -135,7 +135,7 @@ def make_train_step(
         def total_loss(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
             found, updated = model.apply(
-                variables, images, batch, config.seed, settings, method=forward, mutable=["batch_stats"]
+                variables, images, batch, resident["seed"], settings, method=forward, mutable=["batch_stats"]
             )
             parts = losses(found, settings)
             return sum(parts.values()), (parts, updated.get("batch_stats", {}))

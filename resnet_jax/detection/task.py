@@ -100,7 +100,8 @@ class Detection:
         self.examples_per_step = config.batch_size
         self.examples_per_epoch = len(train)
         self.total_steps = config.steps or math.ceil(config.epochs * len(train) / config.batch_size)
-        self.resident = distributed.replicate(mesh, {"mean": self._mean.astype(dtype), "std": self._std.astype(dtype)})
+        statistics = {"mean": self._mean.astype(dtype), "std": self._std.astype(dtype)}
+        self.resident = distributed.replicate(mesh, statistics | {"seed": np.uint32(config.seed)})
         self.broken: dict[str, str] = {}  # An image that can't be read ends the run: its boxes would be missed.
         self.train_step = steps.make_train_step(self.model, self._optimizer, config, self.settings, self.total_steps)
 

@@ -115,7 +115,7 @@ def make_train_step(
     Args:
       model: the network.
       optimizer: of ``make_optimizer``.
-      config: the whole config, of which ``seed``, ``schedule``, ``optimizer.ema`` and ``data.color_noise`` are read.
+      config: the whole config, of which ``schedule``, ``optimizer.ema`` and ``data.color_noise`` are read.
       settings: localization's numbers.
       total_steps: length of the training, for the schedule.
 
@@ -127,7 +127,7 @@ def make_train_step(
     schedule = schedules.make_schedule(config.schedule, total_steps)
 
     def step(state: TrainState, batch: Batch, resident: Resident):
-        colour_seed, anchor_seed = jax.random.split(jax.random.key(config.seed))
+        colour_seed, anchor_seed = jax.random.split(jax.random.key(resident["seed"]))
         images = augment.normalise(batch["images"], resident["mean"], resident["std"])
         keys = augment.example_keys(colour_seed, batch["epoch"], batch["index"])
         # Crops are mirrored with their boxes, before they come here.

@@ -85,7 +85,7 @@ class Localization:
         if start and start.variables:
             wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
             self._weights = starting_variables(start, wanted, config, self.classes)
-        self.resident = distributed.replicate(mesh, self._statistics(given))
+        self.resident = distributed.replicate(mesh, self._statistics(given) | {"seed": np.uint32(config.seed)})
         self._labels = {name: _labels(split) for name, split in splits.items()}
         self._guesses = None
         if self._settings.predictions:

@@ -7,9 +7,9 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
-from resnet_jax.distributed import platform
+from resnet_jax.distributed import count_devices, platform
 from resnet_jax.models.layers import Conv
-from resnet_jax.models.normalisation import BatchNorm, count_devices, count_groups, normalisation
+from resnet_jax.models.normalisation import BatchNorm, count_groups, normalisation
 
 # How a block's two branches meet: the paper's options A, B and C, none (plain nets), or a gate (Highway nets).
 SHORTCUTS = ("A", "B", "C", "none", "gated")

@@ -8,18 +8,13 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
-from resnet_jax.distributed import BATCH_AXIS
+from resnet_jax.distributed import count_devices
 from resnet_jax.errors import UsageError
 from resnet_jax.models.layers import storage_dtype
 from resnet_jax.models.products import mean_of_product, product, variance_of_product
 
 # Wu and He's choice for ImageNet's networks (Group Normalization, 2018, section 4.1).
 CHANNEL_GROUPS = 32
-
-
-def count_devices() -> int:
-    """Over how many devices the mesh in force (``jax.set_mesh``) splits a batch; 1 without one."""
-    return dict(jax.sharding.get_abstract_mesh().shape).get(BATCH_AXIS, 1)
 
 
 def count_groups(batch_norm: str, batch: int) -> int:

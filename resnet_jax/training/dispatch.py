@@ -1,6 +1,6 @@
 """How the devices are given their training steps: one by one, or several at once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 import itertools
 import math
 from typing import Any
@@ -14,9 +14,11 @@ from resnet_jax.buckets import Folder
 from resnet_jax.config import reads
 from resnet_jax.errors import UsageError
 from resnet_jax.planning import memory
+from resnet_jax.training import members
 from resnet_jax.training.metrics import Console
 from resnet_jax.training.profile import Profile
 from resnet_jax.training.record import Window
+from resnet_jax.training.run import Run
 from resnet_jax.training.signals import StopSignal
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Task
@@ -39,78 +41,102 @@ class Dispatch:
         steps: int | None,
         workdir: Folder,
     ):
-        """Jits the step.
+        """Chooses how many steps share a dispatch.
 
         Args:
-          task: what is trained.
+          task: what is trained; of several runs, any one's.
           config: the whole config.
           mesh: the devices.
-          console: is told how far it is.
+          console: is told of the profile.
           steps: how many at once; by default one on CPUs, where loops make convolutions slow, and where data comes
             from files; elsewhere as many as fit between logs, evaluations and checkpoints.
           workdir: a profile goes below it.
         """
-        self._task, self._config, self._mesh, self._console = task, config, mesh, console
+        self._task, self._config, self._mesh = task, config, mesh
         self.window = Window()
         self.profile = Profile(config.profile.steps, workdir / "profile", self.window.pause, console.line)
-        everywhere = distributed.replicated(mesh)
-        self._one = jax.jit(task.train_step, donate_argnums=0, out_shardings=everywhere)
-        self._many = jax.jit(self._scan, donate_argnums=0, out_shardings=everywhere)
         between_events = math.gcd(config.log.every, config.eval.every, config.checkpoint.every)
         alone = task.streams or jax.default_backend() == "cpu"
         self._steps = 1 if task.streams else steps or (1 if alone else between_events)
+        self._programs: dict[tuple[bool, int], Callable[..., Any]] = {}
         self._called: tuple[Callable[..., Any], Any] | None = None  # What was called last, with which shapes,
         self._kind: Any = None  # and those of its batch.
 
     def _scan(self, state: TrainState, batches: Any, resident: Any):
         return jax.lax.scan(lambda s, batch: self._task.train_step(s, batch, resident), state, batches)
 
-    def advance(
-        self, state: TrainState, step: int, until: int, batches: Iterator[Any], stop: StopSignal
-    ) -> tuple[TrainState, int]:
-        """Runs the steps up to ``until``, or to the end of the dispatch in which a stop was asked for.
+    def _program(self, several: bool, runs: int) -> Callable[..., Any]:
+        """The jitted step of so many runs, or of one; of one dispatch's steps where there are several."""
+        if (several, runs) not in self._programs:
+            step = self._scan if several else self._task.train_step
+            step = members.make_members_step(step, self._mesh, runs) if runs > 1 else step
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=distributed.replicated(self._mesh))
+            self._programs[several, runs] = jitted
+        return self._programs[several, runs]
+
+    def advance(self, runs: Sequence[Run], until: int, stop: StopSignal, meanwhile: Callable[[], None]) -> None:
+        """Takes runs from the step that all are at to ``until``, or to the dispatch in which a stop was asked for.
 
         Which steps share a dispatch follows from their numbers and the intervals of the config, so that a run that
         is resumed with the same command does the same arithmetic.
+
+        Args:
+          runs: their ``state``, ``step`` and ``batches`` move on.
+          until: a step.
+          stop: tells when to stop.
+          meanwhile: called after each dispatch, while the devices are at it.
         """
+        step = runs[0].step
         while step < until and not stop.asked():
             together = self._steps > 1 and step % self._steps == 0 and step + self._steps <= until
             count = self._steps if together else 1
             with self.profile.dispatch(step, count):
                 peers.at(step, "waiting for data")
                 try:
-                    batch = self._next(batches, count)
+                    batch = self._next(runs, count)
                 except UsageError as error:  # Data that can't be read.
                     stop.fail(error)
                     break
                 peers.at(step, "training")
                 shapes = tuple(array.shape for array in jax.tree.leaves(batch))  # Each is compiled.
                 self.window.start(shapes)
-                state, metrics = self._call(self._many if together else self._one, state, batch, shapes)
+                metrics = self._call(self._program(together, len(runs)), runs, batch, shapes)
                 self.window.add(metrics, count, shapes)
                 stop.unsaved = True
                 if self._task.streams:  # Each step that waits for the device holds a batch in its memory.
                     self.window.wait_for_all_but(self._config.data.prefetch)
             step += count
-            self._console.advance(step)
-        return state, step
+            for run in runs:
+                run.step = step
+                run.console.advance(step)
+            meanwhile()
 
-    def _next(self, batches: Iterator[Any], count: int) -> dict[str, jax.Array]:
-        """The batches of ``count`` steps on the devices; of several one array each, steps first."""
+    def _next(self, runs: Sequence[Run], count: int) -> dict[str, jax.Array]:
+        """The batches of ``count`` steps on the devices: runs first where there are several, then steps likewise."""
         if self._task.streams:
-            return self.window.wait_for(batches)
-        chunk: list[dict[str, np.ndarray]] = list(itertools.islice(batches, count))
-        if count == 1:
-            return distributed.shard_batch(self._mesh, chunk[0])
-        stacked = jax.tree.map(lambda *parts: np.stack(parts), *chunk)
-        return distributed.shard_batch(self._mesh, stacked, axis=1)
+            return self.window.wait_for(runs[0].batches)
+        chunks = []
+        for run in runs:
+            chunk: list[dict[str, np.ndarray]] = list(itertools.islice(run.batches, count))
+            chunks.append(chunk[0] if count == 1 else jax.tree.map(lambda *parts: np.stack(parts), *chunk))
+        if len(runs) > 1:
+            return members.stack_members(self._mesh, chunks)
+        return distributed.shard_batch(self._mesh, chunks[0], axis=int(count > 1))
 
-    def _call(self, step: Callable[..., Any], state: TrainState, batch: Any, kind: Any) -> Any:
-        arguments = (state, batch, self._task.resident)
+    def _call(self, step: Callable[..., Any], runs: Sequence[Run], batch: Any, kind: Any) -> dict[str, jax.Array]:
+        resident, states = self._task.resident, [run.state for run in runs]
+        if len(runs) > 1:
+            resident = resident | members.stack_members(
+                self._mesh, [{members.SEED: np.uint32(run.config.seed)} for run in runs]
+            )
+        arguments = (states if len(runs) > 1 else states[0], batch, resident)
         if kind != self._kind:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arguments)
             self._called, self._kind = (step, shapes), kind
-        return step(*arguments)
+        after, metrics = step(*arguments)
+        for run, state in zip(runs, after if len(runs) > 1 else [after], strict=True):
+            run.state = state
+        return metrics
 
     def what_fits(self, error: Exception) -> str | None:
         """What to do about a step that the devices' memory was too small for; None of another error."""

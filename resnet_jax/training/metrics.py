@@ -142,15 +142,23 @@ class MetricsWriter:
 class Console:
     """A progress bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, total_steps: int, quiet: bool = False):
-        """Counts to ``total_steps``; ``quiet`` where another process speaks."""
-        self._total, self._quiet = total_steps, quiet
+    def __init__(self, total_steps: int, quiet: bool = False, name: str = "", watched: bool = True):
+        """Counts to ``total_steps``.
+
+        Args:
+          total_steps: see there.
+          quiet: where another process speaks.
+          name: what each line begins with, where several runs speak.
+          watched: whether the progress is shown, and not only what happens; of several runs, one's.
+        """
+        self._total, self._quiet, self._watched = total_steps, quiet, watched and not quiet
+        self._name = name and f"{name}: "
         self._bar = None
 
     def start(self, step: int) -> None:
         """Begins to count at ``step``."""
         # A terminal that doesn't know its width would show nothing of a bar.
-        if not self._quiet and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
+        if self._watched and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
             form = "{percentage:3.0f}%|{bar:10}| {n}/{total}, {remaining} left{postfix}"
             self._bar = tqdm.tqdm(
                 total=self._total, initial=step, dynamic_ncols=True, smoothing=0.1, leave=False, bar_format=form
@@ -158,10 +166,12 @@ class Console:
 
     def line(self, text: str) -> None:
         """Prints a line (above the bar)."""
-        if self._bar is not None:
-            self._bar.write(text)
-        elif not self._quiet:
-            print(text, flush=True)
+        if self._quiet:
+            return
+        if sys.stderr.isatty():  # Above a bar, whichever run's.
+            tqdm.tqdm.write(f"{self._name}{text}")
+        else:
+            print(f"{self._name}{text}", flush=True)
 
     def advance(self, step: int) -> None:
         """Moves the bar to ``step``."""
@@ -170,6 +180,8 @@ class Console:
 
     def progress(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Shows the training's metrics: ``loss``, ``top1_error`` where there is one, and ``images_per_second``."""
+        if not self._watched:
+            return
         shown = [f"loss {values['train_loss']:.4f}"]
         if "train_top1_error" in values:
             shown.append(f"error {values['train_top1_error']:.2f}%")

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 import dataclasses
+import itertools
 import queue
 import time
 from typing import Any
@@ -93,6 +94,23 @@ class Record:
         return 100 * self.waited_seconds / self.timed_seconds if self.timed_seconds else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """What a window has of some steps of one run.
+
+    Attributes:
+      metrics: of each step.
+      seconds: that so many steps took: ``timed`` of them, all but those that compiled.
+      timed: see there.
+      waited: how many of these seconds data was waited for.
+    """
+
+    metrics: list[dict[str, float]]
+    seconds: float
+    timed: int
+    waited: float
+
+
 class Window:
     """Metrics of the steps since the last log, still on the device: fetched once a window, so that nothing waits.
 
@@ -100,10 +118,11 @@ class Window:
     """
 
     def __init__(self):
-        self._pending: list[dict[str, jax.Array]] = []
+        self._pending: list[dict[str, jax.Array]] = []  # Of each dispatch,
+        self._lengths: list[tuple[int, int]] = []  # its steps, and how many of them are timed.
         self._compiled: set[Hashable] = set()
         self._clock: float | None = None  # Runs while training steps do.
-        self._seconds, self._timed, self._waited = 0.0, 0, 0.0
+        self._seconds, self._waited = 0.0, 0.0
 
     def wait_for(self, batches: Prefetch) -> Any:
         """The next batch; the time that the devices have nothing to do meanwhile counts as waiting for data."""
@@ -132,31 +151,32 @@ class Window:
             self._clock = time.monotonic()
 
     def add(self, metrics: dict[str, jax.Array], steps: int, kind: Hashable) -> None:
-        """Takes the metrics of one dispatch of so many steps, scalars or [steps] each."""
+        """Takes the metrics of one dispatch of so many steps: scalars or [steps] each, of several runs [runs, ...]."""
         self._pending.append(metrics)
-        if kind in self._compiled:
-            self._timed += steps
-        else:
+        self._lengths.append((steps, steps if kind in self._compiled else 0))
+        if kind not in self._compiled:
             jax.block_until_ready(metrics)
             self._compiled.add(kind)
             self._clock = time.monotonic()
 
-    def take(self) -> tuple[list[dict[str, float]], float, int, float]:
-        """Waits for the device.
-
-        Returns:
-          The metrics of each step, the seconds that so many steps took, and how many seconds of it data was waited for.
-        """
-        per_step: list[dict[str, float]] = []
-        for metrics in jax.device_get(self._pending):
-            arrays = {name: np.atleast_1d(value) for name, value in metrics.items()}
-            length = len(arrays["loss"])
-            per_step += [{name: float(array[i]) for name, array in arrays.items()} for i in range(length)]
-        running = self._clock is not None
-        self.pause()
-        taken = (per_step, self._seconds, self._timed, self._waited)
-        self._pending, self._seconds, self._timed, self._waited = [], 0.0, 0, 0.0
-        self._clock = time.monotonic() if running else None
+    def take(self, steps: int | None = None, runs: int = 1) -> list[Taken]:
+        """Waits for the first ``steps`` steps (whole dispatches; None: all), and gives them away: ``Taken`` a run."""
+        total = list(itertools.accumulate((count for count, _ in self._lengths), initial=0))
+        dispatches = len(self._lengths) if steps is None else total.index(steps)
+        timed = sum(clocked for _, clocked in self._lengths[:dispatches])
+        fetched = jax.device_get(self._pending[:dispatches])
+        del self._pending[:dispatches], self._lengths[:dispatches]
+        if self._clock is not None:
+            now = time.monotonic()
+            self._seconds, self._clock = self._seconds + now - self._clock, now
+        per_run: list[list[dict[str, float]]] = [[] for _ in range(runs)]
+        for metrics in fetched:
+            arrays = {name: np.reshape(value, (runs, -1)) for name, value in metrics.items()}
+            for run, found in enumerate(per_run):
+                length = arrays["loss"].shape[1]
+                found += [{name: float(array[run, i]) for name, array in arrays.items()} for i in range(length)]
+        taken = [Taken(found, self._seconds, timed, self._waited) for found in per_run]
+        self._seconds, self._waited = 0.0, 0.0
         return taken
 
     def pause(self) -> None:

@@ -156,7 +156,8 @@ def prepare(model, images: np.ndarray, labels: np.ndarray, mean=0.0, std=1.0, dt
     optimizer = make_optimizer(config.optimizer)
     channels = images.shape[-1]
     resident = {"images": jnp.array(images), "labels": jnp.array(labels, jnp.int32),
-                "mean": jnp.full(channels, mean, dtype), "std": jnp.full(channels, std, dtype)}  # fmt: skip
+                "mean": jnp.full(channels, mean, dtype), "std": jnp.full(channels, std, dtype),
+                "seed": jnp.uint32(config.seed)}  # fmt: skip
     state = state or jax.jit(lambda: steps.initial_state(model, optimizer, config, images.shape[1:]))()
     return jax.jit(steps.make_train_step(model, optimizer, config, total_steps=10)), state, resident
 

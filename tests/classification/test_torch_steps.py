@@ -73,6 +73,7 @@ def random_data(dtype: str) -> dict[str, np.ndarray]:
         "labels": rng.integers(0, CLASSES, 20, np.int32),
         "mean": np.array([0.5, 0.4, 0.45], dtype),
         "std": np.array([0.3, 0.25, 0.2], dtype),
+        "seed": np.uint32(0),
     }
 
 

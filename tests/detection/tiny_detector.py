@@ -22,7 +22,7 @@ SETTINGS = make_settings(
     roi_low=0.0,
     detections=8,
 )
-RESIDENT = {"mean": np.full(3, 0.5, np.float32), "std": np.full(3, 0.25, np.float32)}
+RESIDENT = {"mean": np.full(3, 0.5, np.float32), "std": np.full(3, 0.25, np.float32), "seed": np.uint32(0)}
 
 # What differs between the tiny detectors of each kind, of the config's section ``detection``.
 KINDS = {

@@ -19,6 +19,8 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.preprocessing import Preprocessing
 from resnet_jax.training.loop import Training
+from resnet_jax.training.run import Run
+from resnet_jax.training.signals import StopSignal
 from resnet_jax.training.workdir import open_workdir
 
 
@@ -41,7 +43,8 @@ def run(config, splits, mesh, workdir):
     """Trains a task in ``workdir``."""
     task = Localization(config, mesh, splits=splits)
     open_workdir(workdir, flatten(config), task.description)
-    assert Training(task, config, workdir, mesh).run() == 0
+    with StopSignal() as stop:
+        assert Training([Run(task, config, workdir, mesh)], mesh).run(stop) == 0
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def test_streams_bring_their_images():
         "images": ((32, 224, 224, 3), "uint8"),
         **dict.fromkeys(("labels", "index", "epoch"), ((32,), "int32")),
     }
-    assert {name: leaf.shape for name, leaf in resident.items()} == {"mean": (3,), "std": (3,)}
+    assert {name: leaf.shape for name, leaf in resident.items()} == {"mean": (3,), "std": (3,), "seed": ()}
     assert state.params["head"]["kernel"].shape == (512, 1000)
     assert batch["images"].sharding.shard_shape((32, 224, 224, 3)) == (4, 224, 224, 3)
 

@@ -31,7 +31,9 @@ from resnet_jax.training.fingerprint import fingerprints
 from resnet_jax.training.loop import Training
 from resnet_jax.training.metrics import MetricsWriter
 from resnet_jax.training.results import write_results
+from resnet_jax.training.run import Run
 from resnet_jax.training.schedules import initial_schedule_state
+from resnet_jax.training.signals import StopSignal
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Evaluation
 from resnet_jax.training.workdir import check_writable, open_workdir, read_json
@@ -497,10 +499,10 @@ def config(monkeypatch, compiled):
 
 def train(config, workdir) -> int:
     mesh = make_mesh(jax.devices()[:1])
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), StopSignal() as stop:
         task = Classification(config, mesh)
         open_workdir(workdir, flatten(config), task.description)
-        return Training(task, config, workdir, mesh, 1).run()
+        return Training([Run(task, config, workdir, mesh)], mesh, 1).run(stop)
 
 
 def at_saves(monkeypatch, actions):

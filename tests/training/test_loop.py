@@ -17,6 +17,8 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.run import run_task
 from resnet_jax.training.checkpoints import load_run_weights
 from resnet_jax.training.loop import Training
+from resnet_jax.training.run import Run
+from resnet_jax.training.signals import StopSignal
 from resnet_jax.training.workdir import open_workdir
 
 TIMES = ("seconds", "seconds_per_step", "images_per_second")
@@ -42,7 +44,8 @@ def train(config, workdir, steps_per_dispatch):
     with jax.set_mesh(mesh):
         task = Classification(config, mesh)
         open_workdir(workdir, flatten(config), task.description)
-        assert Training(task, config, workdir, mesh, steps_per_dispatch).run() == 0
+        with StopSignal() as stop:
+            assert Training([Run(task, config, workdir, mesh)], mesh, steps_per_dispatch).run(stop) == 0
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((workdir / "summary.json").read_text())
     return records, summary

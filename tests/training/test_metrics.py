@@ -190,9 +190,25 @@ def test_a_window_gives_back_every_step_of_single_and_of_joint_dispatches():
     window.add({"loss": jnp.float32(1), "gradient_norm": jnp.float32(10)}, 1, "one")
     window.add({"loss": jnp.array([2.0, 3.0]), "gradient_norm": jnp.array([20.0, 30.0])}, 2, "two")
     window.add({"loss": jnp.float32(4), "gradient_norm": jnp.float32(40)}, 1, "one")
-    per_step, *_ = window.take()
-    assert per_step == [{"loss": float(i), "gradient_norm": 10.0 * i} for i in (1, 2, 3, 4)]
-    assert window.take()[0] == []
+
+    def steps(*numbers):
+        return [{"loss": float(i), "gradient_norm": 10.0 * i} for i in numbers]
+
+    (taken,) = window.take(3)  # Of the first two dispatches, while the third is under way.
+    assert taken.metrics == steps(1, 2, 3)
+    (taken,) = window.take()
+    assert taken.metrics == steps(4)
+    (taken,) = window.take(0)
+    assert taken.metrics == []
+
+
+def test_a_window_of_several_runs_gives_each_its_own():
+    window = Window()
+    window.add({"loss": jnp.array([1.0, 10.0])}, 1, "one")
+    window.add({"loss": jnp.array([[2.0, 3.0], [20.0, 30.0]])}, 2, "two")
+    first, second = window.take(runs=2)
+    assert first.metrics == [{"loss": 1.0}, {"loss": 2.0}, {"loss": 3.0}]
+    assert second.metrics == [{"loss": 10.0}, {"loss": 20.0}, {"loss": 30.0}]
 
 
 def test_the_first_bad_step_of_a_joint_dispatch_is_found():
@@ -203,15 +219,15 @@ def test_the_first_bad_step_of_a_joint_dispatch_is_found():
         3,
         "three",
     )
-    per_step, *_ = window.take()
+    (taken,) = window.take()
     with pytest.raises(Diverged) as error:
-        for number, values in enumerate(per_step, start=8):
+        for number, values in enumerate(taken.metrics, start=8):
             record.take_in(number, 0, values)
     assert error.value.step == 9
 
 
 def test_a_window_times_steps_without_those_that_compile_and_without_pauses(monkeypatch):
-    clock = iter([100.0, 107.0, 150.0, 160.0, 160.0, 160.0, 500.0, 504.0, 504.0, 504.0, 600.0, 603.0, 603.0])
+    clock = iter([100.0, 107.0, 150.0, 160.0, 160.0, 500.0, 504.0, 504.0, 600.0, 603.0])
     monkeypatch.setattr(record_lib, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     window, one = Window(), {"loss": jnp.float32(0), "gradient_norm": jnp.float32(0)}
     five = {name: jnp.zeros(5) for name in one}
@@ -221,18 +237,22 @@ def test_a_window_times_steps_without_those_that_compile_and_without_pauses(monk
         window.start(kind)
         window.add(metrics, steps, kind)
 
+    def taken():
+        (found,) = window.take()
+        return found.seconds, found.timed
+
     dispatch(one, 1)  # Compiles; the clock starts behind it, at 100,
     dispatch(one, 1)
     dispatch(five, 5)  # stops at 107 for another compilation, and goes on at 150.
     dispatch(five, 5)
-    assert window.take()[1:3] == (7.0 + 10.0, 1 + 5)  # At 160.
+    assert taken() == (7.0 + 10.0, 1 + 5)  # At 160.
     window.pause()  # An evaluation.
     dispatch(one, 1)  # The clock goes on at 500.
     dispatch(one, 1)
-    assert window.take()[1:3] == (4.0, 2)
+    assert taken() == (4.0, 2)
     dispatch(one, 1, "another canvas")  # Compiles too: the clock stops at 504 and goes on at 600.
     dispatch(one, 1, "another canvas")
-    assert window.take()[1:3] == (3.0, 1)
+    assert taken() == (3.0, 1)
 
 
 def test_speed_is_timed_steps_over_their_seconds():
@@ -310,4 +330,4 @@ def test_waiting_for_data_is_the_time_that_the_device_has_nothing_to_do(busy_unt
     window.add({"loss": device}, 1, "one")  # Compiles; the clock starts behind it, at 102.
     assert window.wait_for(device) == "batch"
     # To within a look at the device.
-    assert window.take()[3] == pytest.approx(waited, abs=2 * record_lib._POLL)
+    assert window.take()[0].waited == pytest.approx(waited, abs=2 * record_lib._POLL)

@@ -17,6 +17,8 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.training.checkpoints import load_run_weights
 from resnet_jax.training.loop import Training
 from resnet_jax.training.profile import STEP, Profile
+from resnet_jax.training.run import Run
+from resnet_jax.training.signals import StopSignal
 from resnet_jax.training.workdir import open_workdir
 
 
@@ -94,7 +96,8 @@ def test_a_profiled_run_is_the_run_that_was_not(tmp_path, monkeypatch, capfd):
         with jax.set_mesh(mesh):
             task = Classification(config, mesh)
             open_workdir(workdir, flatten(config), task.description)
-            assert Training(task, config, workdir, mesh, 1).run() == 0
+            with StopSignal() as stop:
+                assert Training([Run(task, config, workdir, mesh)], mesh, 1).run(stop) == 0
     assert traced(tmp_path) == [[3, 4, 5, 6]]
     assert f"profile of steps 3 to 6: {tmp_path}/run_3/profile\n" in capfd.readouterr().out
     weights = (jax.tree.leaves(load_run_weights(str(tmp_path / name))) for name in ("run_3", "run_"))

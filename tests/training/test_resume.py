@@ -72,8 +72,8 @@ folder = next(pathlib.Path(flag.split("=")[1]) for flag in sys.argv if flag.star
 
 from resnet_jax.classification.task import Classification
 from resnet_jax.training.checkpoints import Checkpoints
-from resnet_jax.training.loop import Training
 from resnet_jax.training.metrics import Console
+from resnet_jax.training.run import Run
 
 sent = []
 
@@ -128,7 +128,7 @@ elif place == "before save":
 elif place == "save":
     before(Checkpoints, "save", while_saving)
 elif place == "report":
-    before(Training, "_report", lambda *_: send())
+    before(Run, "_report", lambda *_: send())
 else:  # A split that is evaluated: holdout or test.
     Classification.evaluate = while_evaluating
 
