@@ -5,7 +5,8 @@
 
 ResNet-20 on CIFAR-10 (the config), 128 images a step; without --config.data.dir of random pixels. Data (uint8) and
 augmentation (zero-padded crop, mirror) are on the device in all. Ours bare is the jitted step alone, its batches of
-indices on the device beforehand: one step a dispatch, and on accelerators --steps_per_dispatch of them, as main does.
+indices on the device beforehand: one step a dispatch, and on accelerators --steps_per_dispatch of them, as main does,
+also of --seeds_at_once networks, whose images per second are those of all.
 Main is `python -m resnet_jax.main` in a process of its own, logging and saving as it goes: what it reports of its
 windows after the first two, in which it compiles. torch crops and mirrors by indexing, channels_last. All have the same
 network and begin with the same weights; logits are compared, in float32, before the clock starts. BN is over the whole
@@ -39,6 +40,7 @@ WINDOWS, COMPILING = 8, 2  # Such lines at least, of which so many tell of compi
 
 comparison.define_flags("cifar_20", "", 0, ["main", "torch", "torch_compile"])
 flags.DEFINE_integer("examples", 50_000, "Random images, where there is no --config.data.dir.", lower_bound=1000)
+flags.DEFINE_integer("seeds_at_once", -1, "Runs in one program, of ours; 0: none; -1: 4, on CPUs none.", lower_bound=-1)
 flags.DEFINE_integer("steps_per_dispatch", -1, "Of ours, besides one; 0: none; -1: 100, on CPUs none.", lower_bound=-1)
 FLAGS = flags.FLAGS
 
@@ -54,14 +56,15 @@ def write_random(folder: pathlib.Path, examples: int) -> None:
     (folder / "batches.meta.txt").write_text("".join(f"class{number}\n" for number in range(10)))
 
 
-def enter_ours(task, mesh, steps: int) -> tuple[list[Entry], dict]:
-    """Ours, one step a dispatch and ``steps`` of them (0: none), and the initial weights."""
+def enter_ours(task, mesh, steps: int, members: int) -> tuple[list[Entry], dict]:
+    """Ours, one step a dispatch, ``steps`` of them and of ``members`` runs (0: none); and the initial weights."""
     import bounds
     import jax
     from jax import numpy as jnp
     import our_contenders as lib
 
     from resnet_jax import distributed
+    from resnet_jax.training.members import SEED, make_members_step, stack_members
 
     resident, everywhere = task.resident, distributed.replicated(mesh)
     state = task.initial_state()
@@ -72,9 +75,9 @@ def enter_ours(task, mesh, steps: int) -> tuple[list[Entry], dict]:
     def scan(state, batches, resident):
         return jax.lax.scan(lambda state, batch: task.train_step(state, batch, resident), state, batches)
 
-    def enter(name, step, batches, pieces, logits):
+    def enter(name, step, state, batches, resident, pieces, logits=None):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
-        placed, held = itertools.cycle(batches), [task.initial_state(), None]
+        placed, held = itertools.cycle(batches), [state, None]
         lowered = jitted.lower(held[0], batches[0], resident)
         compiled = lowered.compile()
         cost = None if pieces > 1 or lib.loops(task.model) else bounds.cost_of(lowered, compiled)
@@ -87,11 +90,17 @@ def enter_ours(task, mesh, steps: int) -> tuple[list[Entry], dict]:
 
     host = list(itertools.islice(task.batches(0), max(PLACED, steps)))
     singles = [distributed.shard_batch(mesh, batch) for batch in host[:PLACED]]
-    entries = [enter(OURS, task.train_step, singles, 1, logits)]
+    entries = [enter(OURS, task.train_step, state, singles, resident, 1, logits)]
+    stacked = jax.tree.map(lambda *batches: np.stack(batches), *host[: max(1, steps)])
     if steps:
-        stacked = {name: np.stack([batch[name] for batch in host[:steps]]) for name in host[0]}
-        batches = [distributed.shard_batch(mesh, stacked, axis=1)]
-        entries.append(enter(f"{OURS}, {steps} steps a dispatch", scan, batches, steps, None))
+        batches, name = [distributed.shard_batch(mesh, stacked, axis=1)], f"{OURS}, {steps} steps a dispatch"
+        entries.append(enter(name, scan, task.initial_state(), batches, resident, steps))
+    if members:
+        together = make_members_step(scan if steps else task.train_step, mesh, members)
+        batches = [stack_members(mesh, members * [stacked if steps else host[0]])]
+        seeds = stack_members(mesh, [{SEED: np.uint32(seed)} for seed in range(members)])
+        states, name = [task.initial_state() for _ in range(members)], f"{entries[-1].contender.name}, {members} seeds"
+        entries.append(enter(name, together, states, batches, resident | seeds, members * max(1, steps)))
     return entries, variables
 
 
@@ -171,11 +180,15 @@ def measure_all(config, fields, folder: pathlib.Path) -> None:
     from resnet_jax.classification.task import Classification
 
     mesh, notes, told = distributed.make_mesh(jax.devices()[:1]), [], []
-    steps = FLAGS.steps_per_dispatch
-    steps = (0 if jax.default_backend() == "cpu" else 100) if steps < 0 else steps
+
+    def chosen(given: int, on_accelerators: int) -> int:
+        usual = 0 if jax.default_backend() == "cpu" else on_accelerators
+        return usual if given < 0 else given
+
+    steps, members = chosen(FLAGS.steps_per_dispatch, 100), chosen(FLAGS.seeds_at_once, 4)
     with jax.set_mesh(mesh):
         task = Classification(config, mesh)
-        entries, variables = enter_ours(task, mesh, steps)
+        entries, variables = enter_ours(task, mesh, steps, members)
         precision = np.dtype(task.model.dtype).name
         entries += enter_torch(config, task, variables, precision, notes)
         notes.append(comparison.check_logits(entries, "BN of the batch"))

@@ -69,7 +69,7 @@ def run_task(config: ml_collections.ConfigDict, workdir: Folder, mode: str, expl
     Raises:
       UsageError: before anything is written, where config, data, devices and work directory don't fit.
     """
-    return _run([Member(config, workdir)], mode, explicit)
+    return run_members([Member(config, workdir)], mode, explicit)
 
 
 class Member(NamedTuple):
@@ -80,7 +80,8 @@ class Member(NamedTuple):
     name: str = ""
 
 
-def _run(members: Sequence[Member], mode: str, explicit: Collection[str]) -> int:
+def run_members(members: Sequence[Member], mode: str, explicit: Collection[str]) -> int:
+    """``run_task`` of runs that differ in the seed alone: one, or to be trained in one program several."""
     with StopSignal() as stop, contextlib.ExitStack() as stack:
         members = [member._replace(workdir=absolute(member.workdir)) for member in members]
         for member in members:
@@ -201,7 +202,7 @@ def run_seeds(
             own.seed = seed
             members.append(Member(own, workdir / f"seed_{seed}", f"seed {seed}" if at_once > 1 else ""))
         print(f"seed {', '.join(str(member.config.seed) for member in members)}", flush=True)
-        status = _run(members, mode, explicit)
+        status = run_members(members, mode, explicit)
         if status:
             return status
     if not distributed.leads():  # Who has written them.

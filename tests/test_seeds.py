@@ -93,17 +93,19 @@ def test_a_seed_is_trained_as_it_is_alone(seeds, tmp_path):
 def test_the_same_call_goes_on_where_it_was_stopped_and_leaves_what_is_finished(tmp_path, capsys, monkeypatch):
     from resnet_jax import run
 
-    workdir, train = tmp_path / "several", run.run_task
+    workdir, train = tmp_path / "several", run.run_members
     calls = []
 
-    def stopped_in_the_second(config, workdir, mode, explicit):
-        calls.append(config.seed)
+    def stopped_in_the_second(members, mode, explicit):
+        (member,) = members
+        calls.append(member.config.seed)
         if len(calls) == 2:
-            assert train(settings(seed=config.seed, steps=3), workdir, mode, explicit) == 0
+            shorter = member._replace(config=settings(seed=member.config.seed, steps=3))
+            assert train([shorter], mode, explicit) == 0
             return 143  # As after SIGTERM.
-        return train(config, workdir, mode, explicit)
+        return train(members, mode, explicit)
 
-    monkeypatch.setattr(run, "run_task", stopped_in_the_second)
+    monkeypatch.setattr(run, "run_members", stopped_in_the_second)
     assert run_seeds(settings(), workdir, "train", [4, 2, 7], []) == 143
     assert calls == [4, 2]
     assert not (workdir / "seeds.json").exists()

@@ -1,11 +1,13 @@
 """Several seeds in one program: each is trained as it would be alone."""
 
 import functools
+import itertools
 import json
 import shutil
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
 from resnet_jax.classification.task import Classification
@@ -28,6 +30,7 @@ def exact():
         row = functools.partial(ResNet, blocks=(1,), widths=(4,), shortcut="A", stem="cifar", stem_width=4)
         patch.setitem(MODELS, "tiny", row)
         yield
+    jax.config.update("jax_enable_x64", False)  # A run of float64 sets it for its process.
 
 
 def use_devices(monkeypatch, count):
@@ -147,9 +150,14 @@ def test_it_is_for_training_on_data_that_lies_on_the_devices(tmp_path, monkeypat
     use_devices(monkeypatch, 1)
     with pytest.raises(UsageError, match=r"^--seeds_at_once=2 is for --mode=train; eval takes one seed after another"):
         run_seeds(settings(), tmp_path, "eval", SEEDS, (), 2)
+    for i, part in itertools.product(range(2), ("train", "val")):
+        image = tmp_path / "data" / part / f"class_{i}" / "image.png"
+        image.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(image)
+    streams = {"data.source": "image_folder", "data.placement": "stream", "data.image_size": 8, "batch_size": 2}
     with pytest.raises(UsageError, match="is for data that lies on the devices"):
-        train(tmp_path, at_once=2, **{"data.placement": "stream", "data.image_size": 8})
+        train(tmp_path / "runs", at_once=2, **streams, **{"data.dir": str(tmp_path / "data"), "data.workers": 0})
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UsageError, match="is for one process"):
-        train(tmp_path, at_once=2)
-    assert not any(tmp_path.iterdir())
+        train(tmp_path / "runs", at_once=2)
+    assert not list(tmp_path.glob("runs/*/*"))
