@@ -13,7 +13,7 @@ import os
 
 from absl import flags
 
-from resnet_jax import buckets, cli, compilation, config as config_lib
+from resnet_jax import buckets, cli, compilation, config as config_lib, limits
 from resnet_jax.errors import UsageError
 
 cli.define_config_flags()
@@ -55,7 +55,8 @@ def main(overrides: list[tuple[str, str]]) -> int:
     cluster.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.start_seconds, FLAGS.peer_seconds)
     if peers.peers():
         compilation.keep_shared_programs()
-    from resnet_jax.run import run_seeds, run_task
+    from resnet_jax.run import run_task
+    from resnet_jax.seeds import run_seeds
 
     explicit = [name for name, _ in overrides]
     if FLAGS.seeds is None:
@@ -63,10 +64,10 @@ def main(overrides: list[tuple[str, str]]) -> int:
             raise UsageError(f"--seeds_at_once={FLAGS.seeds_at_once} needs --seeds, as --seeds=0,1,2")
         return run_task(config, workdir, FLAGS.mode, explicit)
     seeds = [int(seed) if seed.isdecimal() else None for seed in FLAGS.seeds]
-    if not seeds or None in seeds or len(set(seeds)) < len(seeds) or "seed" in explicit:
-        raise UsageError(
-            f"--seeds={','.join(FLAGS.seeds)}: expected different whole numbers, as 0,1,2, and no --config.seed"
-        )
+    known = seeds and None not in seeds and all(map(limits.SEED.test, seeds))
+    if not known or len(set(seeds)) < len(seeds) or "seed" in explicit:
+        given = ",".join(FLAGS.seeds)
+        raise UsageError(f"--seeds={given}: expected different whole numbers below 2**32, as 0,1, and no --config.seed")
     return run_seeds(config, workdir, FLAGS.mode, seeds, explicit, FLAGS.seeds_at_once)
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-import statistics
 from typing import NamedTuple
 
 import jax
@@ -22,20 +21,17 @@ from resnet_jax.fields import FIELDS
 from resnet_jax.localization.task import Localization
 from resnet_jax.locks import lock
 from resnet_jax.models.stacking import per_block
-from resnet_jax.output import write_json
 from resnet_jax.pretrained.load import Pretrained
 from resnet_jax.pretrained.save import save_safetensors
 from resnet_jax.pretrained.source import read_weights, resumed
 from resnet_jax.pretrained.start import starting_weights
 from resnet_jax.training.checkpoints import latest_step
 from resnet_jax.training.loop import Training
-from resnet_jax.training.results import title
 from resnet_jax.training.run import Run
 from resnet_jax.training.signals import StopSignal
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.task import Task
 from resnet_jax.training.workdir import (
-    CENTER,
     DATA,
     check_data,
     check_recipe,
@@ -43,7 +39,6 @@ from resnet_jax.training.workdir import (
     check_writable,
     open_workdir,
     read_json,
-    results_folder,
 )
 
 TASKS = {"classification": Classification, "detection": Detection, "localization": Localization}
@@ -54,6 +49,14 @@ def code_version() -> str:
     """Tells versions of this package's code, and of JAX, apart."""
     files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join([jax.__version__.encode(), *(file.read_bytes() for file in files)])).hexdigest()[:12]
+
+
+class Member(NamedTuple):
+    """One of the runs that a command does: its config and work directory, and what its lines begin with."""
+
+    config: ml_collections.ConfigDict
+    workdir: Folder
+    name: str = ""
 
 
 def run_task(config: ml_collections.ConfigDict, workdir: Folder, mode: str, explicit: Collection[str] = ()) -> int:
@@ -72,16 +75,15 @@ def run_task(config: ml_collections.ConfigDict, workdir: Folder, mode: str, expl
     return run_members([Member(config, workdir)], mode, explicit)
 
 
-class Member(NamedTuple):
-    """One of the runs that a command does at once: its config and work directory, and what its lines begin with."""
+def run_members(members: Sequence[Member], mode: str, explicit: Collection[str], whole_runs: bool = False) -> int:
+    """``run_task`` of runs that differ in the seed alone: one, or to train at once several.
 
-    config: ml_collections.ConfigDict
-    workdir: Folder
-    name: str = ""
-
-
-def run_members(members: Sequence[Member], mode: str, explicit: Collection[str]) -> int:
-    """``run_task`` of runs that differ in the seed alone: one, or to be trained in one program several."""
+    Args:
+      members: the runs.
+      mode: as of ``run_task``; several are for ``train`` alone, and for classification of data on the devices.
+      explicit: likewise.
+      whole_runs: as of ``Training``.
+    """
     with StopSignal() as stop, contextlib.ExitStack() as stack:
         members = [member._replace(workdir=absolute(member.workdir)) for member in members]
         for member in members:
@@ -90,9 +92,21 @@ def run_members(members: Sequence[Member], mode: str, explicit: Collection[str])
             jax.config.update("jax_enable_x64", True)
         mesh = distributed.make_mesh()
         stack.enter_context(jax.set_mesh(mesh))
-        runs = [_open(member, mesh, mode, explicit, stack, watched=member is members[0]) for member in members]
+        tasks: list[Task] = []
+        for member in members:
+            tasks.append(_make_task(member.config, member.workdir, mesh, mode, explicit))
+            if len(tasks) > 1:
+                tasks[-1].share_data(tasks[0])
+        for member, task in zip(members, tasks, strict=True):
+            _claim(member.config, member.workdir, task, mode, explicit, stack)
+        # Another command's settings are not the run's.
+        writes = [mode == "train" or latest_step(member.workdir) is None for member in members]
+        runs = [
+            Run(task, member.config, member.workdir, mesh, write, member.name)
+            for member, task, write in zip(members, tasks, writes, strict=True)
+        ]
         if mode == "train":
-            return Training(runs, mesh).run(stop)
+            return Training(runs, mesh, whole_runs=whole_runs).run(stop)
         (run,) = runs
         if mode == "eval":
             return run.evaluate_only(stop)
@@ -123,34 +137,37 @@ def _check(config: ml_collections.ConfigDict, workdir: Folder, mode: str) -> Non
             raise UsageError(f"--mode={mode}: a new head knows nothing; --config.init.head=keep evaluates the weights'")
 
 
-def _open(
-    member: Member,
-    mesh: jax.sharding.Mesh,
-    mode: str,
-    explicit: Collection[str],
-    stack: contextlib.ExitStack,
-    watched: bool,
-) -> Run:
-    """A run that can be what is asked for; where it is written to, its folder is locked until ``stack`` is left."""
-    config, workdir, name = member
-    done, train = latest_step(workdir), mode == "train"
+def _make_task(
+    config: ml_collections.ConfigDict, workdir: Folder, mesh: jax.sharding.Mesh, mode: str, explicit: Collection[str]
+) -> Task:
+    """The task of a run, which fits what its work directory has."""
+    done = latest_step(workdir)
     start = starting_weights(config) if done is None else resumed(workdir)
     task = TASKS[config.task](config, mesh, start, explicit)
-    if name and task.streams:
-        raise UsageError("--seeds_at_once is for data that lies on the devices (data.placement), not for streams")
     if done is not None:
-        check_data(workdir, task.description, training=train)
-    if train and (done or 0) > task.total_steps:
+        check_data(workdir, task.description, training=mode == "train")
+    if mode == "train" and (done or 0) > task.total_steps:
         raise UsageError(f"--workdir={workdir} is at step {done} already, beyond the {task.total_steps} asked for")
     if peers.peers():
         peers.peers().agree("data", task.fingerprint())
-    writes = train or done is None  # Another command's settings are not the run's.
-    if writes and distributed.leads():
+    return task
+
+
+def _claim(
+    config: ml_collections.ConfigDict,
+    workdir: Folder,
+    task: Task,
+    mode: str,
+    explicit: Collection[str],
+    stack: contextlib.ExitStack,
+) -> None:
+    """Writes what a run is into its work directory, which is locked until ``stack`` is left."""
+    if mode != "train" and latest_step(workdir) is not None:
+        return
+    if distributed.leads():
         open_workdir(workdir, flatten(config), task.description | {"explicit": sorted(explicit)})
         stack.enter_context(lock(workdir / ".lock", f"--workdir={workdir}: another process is training there"))
-    if writes:
-        check_shared(workdir)
-    return Run(task, config, workdir, mesh, writes, name, watched)
+    check_shared(workdir)
 
 
 def _calibrate(run: Run, state: TrainState, poll: Callable[[], None]) -> TrainState:
@@ -162,70 +179,6 @@ def _calibrate(run: Run, state: TrainState, poll: Callable[[], None]) -> TrainSt
     save_safetensors(run.workdir / CALIBRATED, run.config.model.name, found)
     print(f"wrote {run.workdir / CALIBRATED}", flush=True)
     return state
-
-
-def run_seeds(
-    config: ml_collections.ConfigDict,
-    workdir: Folder,
-    mode: str,
-    seeds: Sequence[int],
-    explicit: Collection[str],
-    at_once: int = 1,
-) -> int:
-    """Does the same for several seeds; returns the exit status of the first that has one.
-
-    Each has its folder ``seed_<N>`` in ``workdir``; the same call goes on where it was stopped. ``seeds.json`` (of
-    another evaluation than the usual one ``seeds_<its name>.json``) has the errors, their mean and their standard
-    deviation (of a sample: n - 1).
-
-    Args:
-      config: the whole config.
-      workdir: of all.
-      mode: as of ``run_task``.
-      seeds: whole numbers.
-      explicit: as of ``run_task``.
-      at_once: how many of them train in one program.
-
-    Raises:
-      UsageError: as ``run_task``; or ``at_once`` is not for what is asked.
-    """
-    if at_once > 1 and mode != "train":
-        raise UsageError(f"--seeds_at_once={at_once} is for --mode=train; {mode} takes one seed after another")
-    if at_once > 1 and jax.process_count() > 1:
-        raise UsageError(f"--seeds_at_once={at_once} is for one process; several share each seed's batches")
-    name, task = "calibrated" if mode == "calibrate" else "", TASKS[config.task]
-    protocol = CENTER if mode == "train" else config.eval.protocol
-    for first in range(0, len(seeds), at_once):
-        members = []
-        for seed in seeds[first : first + at_once]:
-            own = config.copy_and_resolve_references()
-            own.seed = seed
-            members.append(Member(own, workdir / f"seed_{seed}", f"seed {seed}" if at_once > 1 else ""))
-        print(f"seed {', '.join(str(member.config.seed) for member in members)}", flush=True)
-        status = run_members(members, mode, explicit)
-        if status:
-            return status
-    if not distributed.leads():  # Who has written them.
-        return 0
-    folders = {seed: results_folder(workdir / f"seed_{seed}", name, protocol) for seed in seeds}
-    figures = {str(seed): read_json(folder / "summary.json")[task.objective] for seed, folder in folders.items()}
-    found = {task.objective: figures, **spread(list(figures.values()), task.sign)}
-    last = folders[seeds[-1]].name
-    where = workdir / ("seeds.json" if last.startswith("seed_") else f"seeds_{last}.json")
-    write_json(where, found)
-    deviation = "" if found["std"] is None else f" +- {found['std']:.2f}"
-    print(f"{len(seeds)} seeds: {title(task.objective)} {found['mean']:.2f}{deviation}%, best {found['best']:.2f}%;"
-          f" wrote {where}", flush=True)  # fmt: skip
-    return 0
-
-
-def spread(values: Sequence[float], sign: int = 1) -> dict[str, float | None]:
-    """``mean``, ``std`` (n - 1; None of a single value) and ``best``, the least (``sign`` -1: the most)."""
-    return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "best": sign * min(sign * value for value in values),
-    }
 
 
 def read_config(workdir: Folder) -> tuple[ml_collections.ConfigDict, list[str]]:

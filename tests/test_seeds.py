@@ -17,7 +17,8 @@ from resnet_jax import cli
 from resnet_jax.config import default_config
 from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.run import run_seeds, spread
+from resnet_jax.run import run_members
+from resnet_jax.seeds import run_seeds, spread
 from resnet_jax.training.checkpoints import load_run_weights
 
 
@@ -91,12 +92,11 @@ def test_a_seed_is_trained_as_it_is_alone(seeds, tmp_path):
 
 
 def test_the_same_call_goes_on_where_it_was_stopped_and_leaves_what_is_finished(tmp_path, capsys, monkeypatch):
-    from resnet_jax import run
-
-    workdir, train = tmp_path / "several", run.run_members
+    workdir, train = tmp_path / "several", run_members
     calls = []
 
-    def stopped_in_the_second(members, mode, explicit):
+    def stopped_in_the_second(members, mode, explicit, whole_runs):
+        assert not whole_runs
         (member,) = members
         calls.append(member.config.seed)
         if len(calls) == 2:
@@ -105,7 +105,7 @@ def test_the_same_call_goes_on_where_it_was_stopped_and_leaves_what_is_finished(
             return 143  # As after SIGTERM.
         return train(members, mode, explicit)
 
-    monkeypatch.setattr(run, "run_members", stopped_in_the_second)
+    monkeypatch.setattr("resnet_jax.seeds.run_members", stopped_in_the_second)
     assert run_seeds(settings(), workdir, "train", [4, 2, 7], []) == 143
     assert calls == [4, 2]
     assert not (workdir / "seeds.json").exists()
@@ -197,6 +197,9 @@ def command(entry, monkeypatch, capsys):
         ["--seeds="],
         ["--seeds=0,"],
         ["--seeds=0,1", "--config.seed=3"],
+        ["--seeds=0,4294967296"],
+        ["--seeds_at_once=2"],
+        ["--seeds=0,1", "--seeds_at_once=2", "--mode=eval"],
     ],
     ids=" ".join,
 )
@@ -205,6 +208,7 @@ def test_wrong_lists_of_seeds_are_one_line(command, tmp_path, monkeypatch, argum
         raise AssertionError("not refused")
 
     monkeypatch.setattr("resnet_jax.run.run_task", begin)
+    monkeypatch.setattr("resnet_jax.seeds.run_members", begin)
     monkeypatch.chdir(tmp_path)
     status, out, err = command(*arguments)
     assert (status, out) == (2, "")

@@ -12,6 +12,7 @@ import ml_collections
 
 from resnet_jax import distributed
 from resnet_jax.classification import network, steps
+from resnet_jax.data.feed import streams
 from resnet_jax.errors import UsageError
 from resnet_jax.models.layers import storage_dtype
 from resnet_jax.planning.estimate import Compiled, Estimate, compile_step, estimate
@@ -83,9 +84,8 @@ def abstract_step(
     optimizer = make_optimizer(config.optimizer, network.rate_factors(config, model))
     step = steps.make_train_step(model, optimizer, config, _total_steps(config, known) or 1)
 
-    streams = data.placement == "stream" or (data.placement == "auto" and data.crop != "whole")
     shape = known.shape
-    if streams or shape is None:
+    if streams(data) or shape is None:
         if not data.image_size:
             raise UsageError(f"data.source={data.source}: the images' size is not known without reading them;"
                              " set --config.data.image_size")  # fmt: skip
@@ -96,7 +96,7 @@ def abstract_step(
     resident = {"mean": whole(shape if data.mean == "pixel" or data.mean_image else shape[-1:], dtype)}
     resident |= {"std": whole(shape[-1:], dtype), "seed": whole((), jnp.uint32)}
     batch = {"index": split(), "epoch": split()}
-    if streams:
+    if streams(data):
         batch |= {"images": split(*shape, dtype=jnp.uint8), "labels": split()}
     elif known.examples is None:
         raise UsageError(f"data.source={data.source}: how many images lie on the devices is not known without reading"

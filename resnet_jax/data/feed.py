@@ -147,6 +147,11 @@ class StreamFeed:
         return image_shapes(self._views.examples, worker_count(self._data.workers), broken)
 
 
+def streams(data: ml_collections.ConfigDict) -> bool:
+    """Whether images are read as training goes, by the config's section ``data``, instead of lying on the devices."""
+    return data.placement == "stream" or (data.placement == "auto" and data.crop != "whole")
+
+
 def make_feeds(
     config: ml_collections.ConfigDict,
     mesh: jax.sharding.Mesh,
@@ -168,7 +173,7 @@ def make_feeds(
       UsageError: data that is missing, broken or not what the config says.
     """
     data = config.data
-    stream = data.placement == "stream" or (data.placement == "auto" and data.crop != "whole")
+    stream = streams(data)
     if not stream and data.crop != "whole":
         raise UsageError(f"data.crop={data.crop} goes with data.placement=stream")
     if not stream:

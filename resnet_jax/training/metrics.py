@@ -142,21 +142,21 @@ class MetricsWriter:
 class Console:
     """A progress bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, total_steps: int, quiet: bool = False, name: str = "", watched: bool = True):
+    def __init__(self, total_steps: int, quiet: bool = False, name: str = ""):
         """Counts to ``total_steps``.
 
         Args:
           total_steps: see there.
           quiet: where another process speaks.
           name: what each line begins with, where several runs speak.
-          watched: whether the progress is shown, and not only what happens; of several runs, one's.
         """
-        self._total, self._quiet, self._watched = total_steps, quiet, watched and not quiet
+        self._total, self._quiet, self._watched = total_steps, quiet, False
         self._name = name and f"{name}: "
         self._bar = None
 
     def start(self, step: int) -> None:
-        """Begins to count at ``step``."""
+        """Begins to show the progress, from ``step``."""
+        self._watched = not self._quiet
         # A terminal that doesn't know its width would show nothing of a bar.
         if self._watched and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
             form = "{percentage:3.0f}%|{bar:10}| {n}/{total}, {remaining} left{postfix}"
@@ -168,9 +168,7 @@ class Console:
         """Prints a line (above the bar)."""
         if self._quiet:
             return
-        if sys.stderr.isatty():  # Above a bar, whichever run's.
-            tqdm.tqdm.write(f"{self._name}{text}")
-        else:
+        with tqdm.tqdm.external_write_mode():  # Above a bar, whichever run's.
             print(f"{self._name}{text}", flush=True)
 
     def advance(self, step: int) -> None:
@@ -197,7 +195,8 @@ class Console:
         self.line(f"step {step}/{self._total}  epoch {epoch:.1f}  {'  '.join(shown)}")
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Shows the progress no more."""
+        self._watched = False
         if self._bar is not None:
             self._bar.close()
             self._bar = None

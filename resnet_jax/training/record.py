@@ -100,8 +100,8 @@ class Taken:
 
     Attributes:
       metrics: of each step.
-      seconds: that so many steps took: ``timed`` of them, all but those that compiled.
-      timed: see there.
+      seconds: that training took since the last steps were taken, without compilation and pauses.
+      timed: how many steps these seconds are of: those of ``metrics`` that did not compile.
       waited: how many of these seconds data was waited for.
     """
 

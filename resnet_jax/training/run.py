@@ -33,7 +33,8 @@ class Run:
     Attributes:
       task, config, workdir: what is trained, how and where.
       console: tells people.
-      state: after ``step`` steps.
+      step: how many steps it has made.
+      state: after them; None once the run has ended.
       batches: those that follow.
       improved: whether the last evaluation, which no checkpoint follows yet, was the best so far.
       status: the exit status that the run has ended with; None while it goes on.
@@ -47,7 +48,6 @@ class Run:
         mesh: jax.sharding.Mesh,
         write: bool = True,
         name: str = "",
-        watched: bool = True,
     ):
         """Opens the run.
 
@@ -58,10 +58,9 @@ class Run:
           mesh: the devices, in force (``jax.set_mesh``).
           write: false where the run is only evaluated.
           name: what its lines begin with, where several are trained at once.
-          watched: whether people are shown how it goes on; of several, one does.
         """
         self.task, self.config, self.workdir, self._mesh = task, config, workdir, mesh
-        self.console = Console(task.total_steps, quiet=not distributed.leads(), name=name, watched=watched)
+        self.console = Console(task.total_steps, quiet=not distributed.leads(), name=name)
         self._checkpoints = Checkpoints(workdir, config.checkpoint.keep, write, self.console.line)
         self.batches: Iterator[Any] = iter(())
         self.improved, self.status = False, None
@@ -86,14 +85,13 @@ class Run:
         if distributed.from_leader(self.trained and bool(summary) and summary.get("step") == self.step):
             if distributed.leads():
                 self.console.line(f"{self.workdir} is finished: step {self.step}, {describe(summary)}")
-            self.status = 0
+            self.status, self.state = 0, None
             return False
         if self.step:
             self.console.line(f"resuming from step {self.step}")
         record, tensorboard = self._record, self.config.log.tensorboard
         folder = self.workdir if distributed.leads() else None
         self._writer = MetricsWriter(folder, self.step, tensorboard, record.evaluated == self.step)
-        self.console.start(self.step)
         self._started = time.monotonic() - record.seconds
         self.batches = self.task.batches(self.step)
         if self.task.streams:
@@ -104,12 +102,16 @@ class Run:
 
     def close(self) -> None:
         """Ends what goes on beside the run, and closes its files."""
+        with contextlib.ExitStack() as ends:
+            ends.callback(self._checkpoints.close)
+            if self._writer:
+                ends.callback(self._writer.close)
+            ends.callback(self.console.close)
+            ends.callback(self._close_batches)
+
+    def _close_batches(self) -> None:
         if isinstance(self.batches, Prefetch):
             self.batches.close()
-        self.console.close()
-        if self._writer:
-            self._writer.close()
-        self._checkpoints.close()
 
     @contextlib.contextmanager
     def own_end(self) -> Iterator[None]:
@@ -124,6 +126,9 @@ class Run:
         except SaveFailed as error:
             self.console.line(f"error: {error}")
             self.status = EXIT_NOT_SAVED
+        finally:
+            if self.status is not None:
+                self.state = None  # Its memory is the others'.
 
     @property
     def trained(self) -> bool:
@@ -137,9 +142,8 @@ class Run:
         at = step > 0 and (step == self.task.total_steps or (bool(every) and step % every == 0))
         return at and step != self._record.evaluated
 
-    @property
     def checkpoint_due(self) -> bool:
-        """Whether the state is to be saved."""
+        """Whether the state is to be saved; all processes ask at once, for it may be the time that says so."""
         every, minutes = self.config.checkpoint.every, self.config.checkpoint.minutes
         if not self.step:
             return False
@@ -158,7 +162,7 @@ class Run:
         record.waited_seconds += taken.waited
         record.broken |= self.task.broken
         record.seconds = time.monotonic() - self._started
-        if taken.timed:
+        if taken.timed and taken.seconds:
             self._rate, self._wait = taken.timed / taken.seconds, 100 * taken.waited / taken.seconds
 
     def log(self, step: int) -> None:
@@ -195,24 +199,22 @@ class Run:
         self.state = self.task.after_evaluation(self.state, sign * figure)
 
     def save(self) -> None:
-        """Saves the state, whose metrics have been taken in, unless it is saved already."""
+        """Begins to save the state, whose metrics have been taken in, unless that is done or there is nothing yet."""
         self.improved = False
-        if self.step == self._checkpoints.latest:
+        if not self.step or self.step == self._checkpoints.latest:
             return
         self._checkpoints.save(self.state, self.step, dataclasses.asdict(self._record), self._record.best_step)
         self._writer.flush()  # A run that goes on from there finds its records up to there.
         self._saved_at = time.monotonic()
 
-    def leave(self) -> str:
-        """Saves what is trained so far, for another process to go on from; returns what there is to say of it."""
-        if not self.step:
-            return "nothing was trained yet"
-        self.save()
+    def saved(self) -> str:
+        """Waits until the state is saved; what there is to say of it."""
         self._checkpoints.wait()
-        return f"saved at step {self.step}"
+        return f"saved at step {self.step}" if self.step else "nothing was trained yet"
 
     def finish(self, stop: StopSignal) -> None:
         """Saves, evaluates and reports what has been trained, which ends the run; raises ``Stopped``."""
+        self._close_batches()
         self.save()
         evaluation = self._last if self.task.validation == "test" else None
         evaluation = evaluation or evaluate(self.task, self.config, self.state, "test", self.step, stop)
@@ -247,7 +249,8 @@ class Run:
           The process's exit status.
         """
         self._checkpoints.close()
-        state, protocol = self.state, self.config.eval.protocol
+        protocol, state = self.config.eval.protocol, self.state
+        self.state = None  # A changed one takes its memory.
         try:
             state = change(state, polling(stop, self.step)) if change else state
             evaluation = evaluate(self.task, self.config, state, "test", self.step, stop, protocol)

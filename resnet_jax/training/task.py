@@ -60,6 +60,9 @@ class Task(Protocol):
     def fingerprint(self) -> dict[str, str]:
         """Tells data apart: what all processes of a run must have alike, by what it is called."""
 
+    def share_data(self, other: "Task") -> None:
+        """Takes the data of another run's task, which are the same, instead of its own; of tasks that don't stream."""
+
     def initial_state(self) -> TrainState:
         """The state before the first step, laid out on the devices."""
 

@@ -16,7 +16,9 @@ from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.run import run_task
 from resnet_jax.training.checkpoints import load_run_weights
+from resnet_jax.training.dispatch import Dispatch
 from resnet_jax.training.loop import Training
+from resnet_jax.training.metrics import Console, MetricsWriter
 from resnet_jax.training.run import Run
 from resnet_jax.training.signals import StopSignal
 from resnet_jax.training.workdir import open_workdir
@@ -70,6 +72,38 @@ def test_the_speed_is_known_where_every_dispatch_ends_in_a_log_line_and_an_evalu
     speeds = [record["images_per_second"] for record in records if "train_loss" in record]
     assert speeds[0] == 0 and min(speeds[1:]) > 0  # The first dispatch compiles.
     assert summary["images_per_second"] > 0
+
+
+def test_a_log_line_is_written_once_the_devices_have_their_next_steps(tiny_config, tmp_path, monkeypatch):
+    tiny_config.steps, tiny_config.eval.every, tiny_config.log.every = 12, 8, 3
+    told, call, write = [], Dispatch._call, MetricsWriter.write
+
+    def called(self, step, runs, *rest):
+        told.append(runs[0].step + 1)
+        return call(self, step, runs, *rest)
+
+    def written(self, step, values):
+        told.append(f"line {step}" if "train_loss" in values else f"test {step}")
+        write(self, step, values)
+
+    monkeypatch.setattr(Dispatch, "_call", called)
+    monkeypatch.setattr(MetricsWriter, "write", written)
+    train(tiny_config, tmp_path / "run", steps_per_dispatch=1)
+    # But what is evaluated, and the end, are of states that are known to be finite.
+    assert told == [1, 2, 3, 4, "line 3", 5, 6, 7, "line 6", 8, "test 8", 9, 10, "line 9", 11, 12, "line 12", "test 12"]
+
+
+def test_a_run_that_diverges_makes_no_more_steps_than_the_devices_were_given(tiny_config, tmp_path, monkeypatch):
+    tiny_config.steps, tiny_config.eval.every, tiny_config.log.every = 40, 0, 4
+    tiny_config.schedule.learning_rate = 1e30
+    shown, advance = [], Console.advance
+    monkeypatch.setattr(Console, "advance", lambda self, step: (shown.append(step), advance(self, step)))
+    mesh = make_mesh(jax.devices()[:1])
+    with jax.set_mesh(mesh), StopSignal() as stop:
+        task = Classification(tiny_config, mesh)
+        open_workdir(tmp_path, flatten(tiny_config), task.description)
+        assert Training([Run(task, tiny_config, tmp_path, mesh)], mesh, 1).run(stop) == 1
+    assert shown == [1, 2, 3, 4, 5]  # The line of step 4 tells, while the devices are at step 5.
 
 
 def test_a_second_training_in_the_same_folder_is_refused(tmp_path):

@@ -1,13 +1,13 @@
 """Several seeds in one program: each is trained as it would be alone."""
 
 import functools
-import itertools
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
-from PIL import Image
 import pytest
 
 from resnet_jax.classification.task import Classification
@@ -15,9 +15,12 @@ from resnet_jax.config import default_config
 from resnet_jax.errors import UsageError
 from resnet_jax.models.registry import MODELS
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.run import run_seeds
+from resnet_jax.seeds import run_seeds
 from resnet_jax.training.checkpoints import load_run_weights
+from resnet_jax.training.loop import Training
 from resnet_jax.training.members import places
+from resnet_jax.training.metrics import Console
+from resnet_jax.training.signals import EXIT_PREEMPTED
 
 TIMES = {"seconds", "seconds_per_step", "images_per_second"}
 SEEDS = (0, 1, 2)
@@ -88,7 +91,9 @@ def alone(tmp_path_factory):
 
 
 def test_seeds_trained_at_once_are_those_trained_alone(alone, tmp_path, monkeypatch, capsys):
-    use_devices(monkeypatch, 2)  # Where three members take four places; the tests below have them on one device.
+    # Three members take four places on two devices, here with several steps at once; below they are on one device.
+    use_devices(monkeypatch, 2)
+    monkeypatch.setattr("resnet_jax.run.Training", functools.partial(Training, steps_per_dispatch=3))
     assert train(tmp_path, at_once=3) == 0
     for seed in SEEDS:
         assert_same(tmp_path / f"seed_{seed}", alone / f"seed_{seed}")
@@ -105,17 +110,19 @@ def test_seeds_trained_at_once_are_those_trained_alone(alone, tmp_path, monkeypa
     assert capsys.readouterr().out.count("is finished: step 11") == 3
 
 
-def test_who_is_behind_catches_up(alone, tmp_path, monkeypatch):
+def test_who_is_behind_catches_up(alone, tmp_path, monkeypatch, capsys):
     use_devices(monkeypatch, 1)
     for seed in SEEDS:
         shutil.copytree(alone / f"seed_{seed}", tmp_path / f"seed_{seed}")
-    # As after a stop between two saves: one has just begun, one is at step 4, one at 8.
-    shutil.rmtree(tmp_path / "seed_0")
-    for seed, steps in ((1, (8, 11)), (2, (11,))):
-        (tmp_path / f"seed_{seed}" / "summary.json").unlink()
-        for step in steps:
-            shutil.rmtree(tmp_path / f"seed_{seed}" / "checkpoints" / str(step), ignore_errors=True)
+    # One is finished, one was never begun, and one stopped between two saves at step 8.
+    shutil.rmtree(tmp_path / "seed_1")
+    (tmp_path / "seed_2" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "seed_2" / "checkpoints" / "11")
     assert train(tmp_path, at_once=3) == 0
+    said = capsys.readouterr().out
+    assert "seed_0 is finished: step 11" in said
+    assert "seed 2: resuming from step 8" in said
+    assert "seed 1: step 3/11" in said  # It shows how they go on.
     for seed in SEEDS:
         assert_same(tmp_path / f"seed_{seed}", alone / f"seed_{seed}")
 
@@ -131,9 +138,21 @@ def test_one_that_diverges_leaves_the_others_as_they_are(alone, tmp_path, monkey
         return state.replace(params=jax.tree.map(lambda x: x.at[...].set(np.nan), state.params))
 
     monkeypatch.setattr(Classification, "initial_state", spoilt)
-    assert train(tmp_path, at_once=3) == 1
+    advance = Console.advance
+
+    def stopped(console, step):
+        if step == 5:
+            monkeypatch.setattr(Console, "advance", advance)
+            os.kill(os.getpid(), signal.SIGTERM)
+        advance(console, step)
+
+    monkeypatch.setattr(Console, "advance", stopped)
+    assert train(tmp_path, at_once=3) == EXIT_PREEMPTED  # Two can go on.
     said = capsys.readouterr().out
     assert "seed 1: stopped: diverged at step 1: loss nan" in said
+    for seed in (0, 2):
+        assert f"seed {seed}: stopped by SIGTERM and saved at step 5; the same command resumes" in said
+    assert train(tmp_path, at_once=3) == 1
     assert not (tmp_path / "seed_1" / "summary.json").exists()
     for seed in (0, 2):
         assert_same(tmp_path / f"seed_{seed}", alone / f"seed_{seed}")
@@ -148,16 +167,12 @@ def test_every_device_has_as_many_places():
 
 def test_it_is_for_training_on_data_that_lies_on_the_devices(tmp_path, monkeypatch):
     use_devices(monkeypatch, 1)
-    with pytest.raises(UsageError, match=r"^--seeds_at_once=2 is for --mode=train; eval takes one seed after another"):
+    with pytest.raises(UsageError, match=r"^--seeds_at_once=2 is for --mode=train, not for eval; without it one"):
         run_seeds(settings(), tmp_path, "eval", SEEDS, (), 2)
-    for i, part in itertools.product(range(2), ("train", "val")):
-        image = tmp_path / "data" / part / f"class_{i}" / "image.png"
-        image.parent.mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(image)
-    streams = {"data.source": "image_folder", "data.placement": "stream", "data.image_size": 8, "batch_size": 2}
-    with pytest.raises(UsageError, match="is for data that lies on the devices"):
-        train(tmp_path / "runs", at_once=2, **streams, **{"data.dir": str(tmp_path / "data"), "data.workers": 0})
+    for changes in ({"data.placement": "stream"}, {"task": "detection"}):
+        with pytest.raises(UsageError, match="is for small images that lie on the devices, not for those"):
+            train(tmp_path, at_once=2, **changes)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UsageError, match="is for one process"):
-        train(tmp_path / "runs", at_once=2)
-    assert not list(tmp_path.glob("runs/*/*"))
+        train(tmp_path, at_once=2)
+    assert not any(tmp_path.iterdir())

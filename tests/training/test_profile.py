@@ -88,7 +88,7 @@ def test_a_profiled_run_is_the_run_that_was_not(tmp_path, monkeypatch, capfd):
     row = functools.partial(ResNet, blocks=(1,), widths=(4,), shortcut="A", stem="cifar", stem_width=4)
     monkeypatch.setitem(MODELS, "tiny", row)
     config = default_config()
-    config.model.name, config.batch_size, config.steps, config.log.every = "tiny", 16, 8, 4
+    config.model.name, config.batch_size, config.steps, config.log.every = "tiny", 16, 8, 1
     config.log.tensorboard = False
     mesh = make_mesh(jax.devices()[:1])
     for name in ("3:6", ""):
@@ -98,6 +98,9 @@ def test_a_profiled_run_is_the_run_that_was_not(tmp_path, monkeypatch, capfd):
             open_workdir(workdir, flatten(config), task.description)
             with StopSignal() as stop:
                 assert Training([Run(task, config, workdir, mesh)], mesh, 1).run(stop) == 0
+        records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        seconds = [record["seconds_per_step"] for record in records if "seconds_per_step" in record]
+        assert len(seconds) == 8 and min(seconds[1:]) > 1e-5  # Each line has its own step's; the first one compiles.
     assert traced(tmp_path) == [[3, 4, 5, 6]]
     assert f"profile of steps 3 to 6: {tmp_path}/run_3/profile\n" in capfd.readouterr().out
     weights = (jax.tree.leaves(load_run_weights(str(tmp_path / name))) for name in ("run_3", "run_"))
