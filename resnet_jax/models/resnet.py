@@ -44,6 +44,16 @@ class Stem(nn.Module):
         return norm(x, train, pool=pool) if isinstance(norm, BatchNorm) else pool(nn.relu(norm(x, train)))
 
 
+def keep_linear(primitive: Any, *unused: Any, **parameters: Any) -> bool:
+    """Whether a loop keeps an operation's result for its backward pass: those of convolutions, products and sums.
+
+    What it keeps is written for every block. The rest (normalising, ReLU) is computed again where it is read, in the
+    same fusion: XLA:TPU estimates a third of the cycles and half of the memory (``benchmarks/RESULTS.md``).
+    """
+    del unused, parameters
+    return primitive.name in ("conv_general_dilated", "dot_general", "reduce_sum")
+
+
 class Stage(nn.Module):
     """Blocks of one width; only the first one changes the shape: [N, H, W, C] -> [N, H', W', features].
 
@@ -60,8 +70,11 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         def layer(number: int, name: str, scanned: bool = False) -> Block:
-            # A loop keeps forward and backward pass apart by itself.
-            kind = nn.remat(Block, static_argnums=2, prevent_cse=not scanned) if self.remat else Block
+            kind = Block
+            if self.remat or scanned:
+                # A loop keeps forward and backward pass apart by itself.
+                policy = None if self.remat else keep_linear
+                kind = nn.remat(Block, static_argnums=2, prevent_cse=not scanned, policy=policy)
             return kind(stride=self.stride if number == 1 else 1, name=name, **self.block)
 
         x, rest = layer(1, "block1")(x, train), self.blocks - 1

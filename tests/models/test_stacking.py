@@ -95,3 +95,16 @@ def test_a_network_of_1202_layers_is_as_long_a_program_as_one_of_56():
         return count(jax.make_jaxpr(step)(variables["params"], rest, images).jaxpr)
 
     assert length(1202) == length(56)
+
+
+def test_a_loop_keeps_less_than_everything_for_its_backward_pass(variables, monkeypatch):
+    def step_memory() -> int:
+        model = network(stacked=True, scan=True)
+        images = jnp.zeros((16, 32, 32, 3))
+        step = jax.jit(jax.grad(lambda params: model.apply(variables | {"params": params}, images, train=True,
+                                                           mutable=["batch_stats"])[0].sum()))  # fmt: skip
+        return step.lower(variables["params"]).compile().memory_analysis().temp_size_in_bytes
+
+    found = step_memory()
+    monkeypatch.setattr("resnet_jax.models.resnet.keep_linear", lambda *unused, **parameters: True)
+    assert found < 0.7 * step_memory()
