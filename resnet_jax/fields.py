@@ -57,7 +57,7 @@ _FIELDS = (
           " its stages); 0 nothing.", NOT_NEGATIVE),
     Field("model.width", 1.0, "", "Channels of a residual net's layers, times the paper's.", POSITIVE),
     Field("model.scan", "auto", "", "Run long stretches of identical blocks as a loop, which compiles in the same time"
-          " at any depth: true, false, or auto (true but on CPUs, where convolutions are slow in loops).",
+          " at any depth: true, false, or auto (on accelerators, blocks of two layers; slow elsewhere).",
           ("auto", "true", "false"), recipe=False),
     Field("model.remat", False, "", "Keep only the blocks' inputs for the backward pass and compute the rest again:"
           " memory for time (residual nets). Loops keep convolutions' results alone as it is.", recipe=False),

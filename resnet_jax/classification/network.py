@@ -33,7 +33,9 @@ def make_model(
     model = create_model(num_classes=num_classes, **model_settings(config.model) | (settings or {}))
     scan, remat = config.model.scan, config.model.remat
     if isinstance(model, ResNet):
-        return model.clone(stacked=True, scan=scan == "true" or (scan == "auto" and platform() != "cpu"), remat=remat)
+        # A loop makes blocks of two layers faster on TPUs, and those of three slower (benchmarks/RESULTS.md).
+        gains = platform() != "cpu" and not model.bottleneck
+        return model.clone(stacked=True, scan=gains if scan == "auto" else scan == "true", remat=remat)
     if remat or scan == "true":
         raise UsageError(f"model.{'remat' if remat else 'scan'}: {config.model.name} has no residual blocks")
     return model

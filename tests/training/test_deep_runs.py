@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from resnet_jax import load_pretrained
+from resnet_jax.classification.network import make_model
 from resnet_jax.config import load_config, validate
 from resnet_jax.data import digits
 from resnet_jax.errors import UsageError
@@ -103,6 +104,18 @@ def test_each_block_of_a_run_can_be_looked_at(runs):
     found = json.loads((runs["unrolled"] / "analysis.json").read_text())
     assert found["removal"]["blocks"] == [f"stage1/block{i}" for i in range(1, 10)] + ["stage2/block1"]
     assert len(found["responses"]["layers"]) == 21  # The stem's and two of each block.
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "loops"),
+    [("cifar_resnet56", "cpu", False), ("cifar_resnet56", "tpu", True), ("cifar_resnet56", "gpu", True),
+     ("resnet152", "tpu", False)],
+)  # fmt: skip
+def test_blocks_run_as_a_loop_where_that_gains(name, where, loops, monkeypatch):
+    monkeypatch.setattr("resnet_jax.classification.network.platform", lambda: where)
+    for scan, expected in (("auto", loops), ("true", True), ("false", False)):
+        model = make_model(settings(**{"model.name": name, "model.scan": scan}), 10)
+        assert (model.stacked, model.scan) == (True, expected)
 
 
 def test_nets_without_residual_blocks_can_not_be_scanned(tmp_path):
