@@ -65,6 +65,7 @@ def run(main: Callable[..., int | None], usage: str, needs: Sequence[str] = (), 
             for name in needs:
                 if not flags.FLAGS[name].value:
                     raise UsageError(f"--{name} is needed; --help says more")
+            compilation.use_own_convolutions()
             compilation.keep_programs()
             status = main(overrides, list(argv[1:])) if takes_arguments else main(overrides)
             if _peers():

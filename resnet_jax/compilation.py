@@ -1,6 +1,8 @@
-"""What JAX has compiled is kept between commands, in a folder of the user's."""
+"""How JAX compiles for CPUs, and what it has compiled: kept between commands, in a folder of the user's."""
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import re
@@ -14,6 +16,23 @@ _FOLDER, _SECONDS = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPI
 _WORTH_KEEPING = 0.3  # Seconds of compiling; to look a program up and load it takes some hundredths.
 _NAME = "compiled"  # The default folder, in the user's cache.
 _DAYS, _BYTES = 30, 4 << 30  # What is older, or beyond so much in all, is removed.
+
+_LIBRARY = "--xla_cpu_experimental_ynn_fusion_type"  # What XLA:CPU leaves to YNNPACK.
+_TRIED = ((0, 10, 2), (0, 13))  # Versions of jaxlib that know it, from and below; others might end the process.
+
+
+def use_own_convolutions() -> None:
+    """Has XLA:CPU compute convolutions itself, which some versions leave to YNNPACK.
+
+    That takes up to 3.7 times as long for kernels' gradients (``benchmarks/RESULTS.md``). Nothing is changed where
+    accelerators may be, whose compilers read the same variable, or where it says already what to leave.
+    """
+    version = tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("jaxlib"))[:3])
+    accelerators = importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu")
+    given = os.environ.get("XLA_FLAGS", "")
+    alone = os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerators
+    if alone and _TRIED[0] <= version < _TRIED[1] and _LIBRARY not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {_LIBRARY}=-individual_convolution".strip()
 
 
 def keep_programs() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from processes import ROOT, run
 import pytest
 
+from resnet_jax import compilation
 from resnet_jax.compilation import tidy
 
 # Compiles one function and prints what came of it, and how often the cache had what was asked for.
@@ -103,3 +104,45 @@ def test_a_second_start_compiles_nothing_and_trains_to_the_same_bits(tmp_path, m
     assert any("step" in name for name in compiled[0]) == (named or processes == 1)
     with np.load(tmp_path / "one/predictions.npz") as a, np.load(tmp_path / "two/predictions.npz") as b:
         assert a["probabilities"].tobytes() == b["probabilities"].tobytes()
+
+
+KERNELS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+
+
+@pytest.mark.parametrize(
+    ("version", "platforms", "given", "expected"),
+    [
+        ("0.10.2", "cpu", None, KERNELS),
+        ("0.12.0.1", "cpu", "--xla_force_host_platform_device_count=2",
+         f"--xla_force_host_platform_device_count=2 {KERNELS}"),
+        ("0.10.2", "cpu", "--xla_cpu_experimental_ynn_fusion_type=", "--xla_cpu_experimental_ynn_fusion_type="),
+        ("0.9.3", "cpu", None, None),
+        ("0.13.0", "cpu", None, None),
+        ("0.10.2", "", None, None),  # With a plugin, whatever it is for.
+        ("0.10.2", "cuda", "--a=b", "--a=b"),
+    ],
+)  # fmt: skip
+def test_cpus_compute_convolutions_by_kernels_of_their_own(version, platforms, given, expected, monkeypatch):
+    monkeypatch.setattr(compilation.importlib.metadata, "version", lambda name: {"jaxlib": version}[name])
+    monkeypatch.setattr(compilation.importlib.metadata, "entry_points", lambda group: {"jax_plugins": ["cuda"]}[group])
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("XLA_FLAGS", given)
+    compilation.use_own_convolutions()
+    assert os.environ.get("XLA_FLAGS") == expected
+
+
+def test_this_jax_understands_what_it_is_told():
+    program = """
+from resnet_jax.compilation import use_own_convolutions
+use_own_convolutions()
+import jax
+shapes = jax.ShapeDtypeStruct((8, 32, 32, 16), "float32"), jax.ShapeDtypeStruct((3, 3, 16, 16), "float32")
+convolve = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+print("ynn" in jax.jit(convolve).lower(*shapes).compile().as_text())
+"""
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environ |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

@@ -13,6 +13,7 @@ from jax import numpy as jnp
 
 from resnet_jax.distributed import platform
 from resnet_jax.errors import UsageError
+from resnet_jax.models.convolution import convolve
 from resnet_jax.models.space_to_depth import conv_on_blocks
 
 
@@ -83,20 +84,6 @@ class MaxPool(nn.Module):
 def average_pool(x: jax.Array, window: int) -> jax.Array:
     """Averages over each ``window`` x ``window`` positions: [N, H, W, C] -> [N, H - window + 1, W - window + 1, C]."""
     return nn.avg_pool(x, (window, window), (1, 1))
-
-
-def convolve(x: jax.Array, kernel: jax.Array, stride: int, pad: int) -> jax.Array:
-    """The convolution of [N, H, W, C_in] with [size, size, C_in, C_out], ``pad`` zeros on every side."""
-    if kernel.shape[0] == 1 and not pad and platform() == "cpu":
-        # XLA:CPU takes up to twenty times as long for the gradient of such a kernel by a convolution.
-        return jnp.matmul(x[:, ::stride, ::stride], kernel[0, 0])
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride),
-        padding=((pad, pad), (pad, pad)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
 
 
 class Conv(nn.Module):

@@ -7,6 +7,9 @@ array of a bottleneck, is neither written and read again in the forward pass nor
 import jax
 from jax import numpy as jnp
 
+from resnet_jax.distributed import platform
+from resnet_jax.models.convolution import from_stored
+
 
 @jax.custom_vjp
 def second_moment(x: jax.Array) -> jax.Array:
@@ -31,9 +34,10 @@ second_moment.defvjp(_forward, _backward)
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A 1x1 convolution with a kernel for each group: [G, N, H, W, C], [G, C, F] -> [G, N, H, W, F], of x's dtype."""
     kernel = kernel.astype(x.dtype)
-    if len(x) == 1:  # XLA fuses more of what is beside a plain convolution.
-        return jnp.matmul(x, kernel[0])
-    return jnp.einsum("gnhwi,gij->gnhwj", x, kernel)
+    if len(x) > 1:
+        return jnp.einsum("gnhwi,gij->gnhwj", x, kernel)
+    # XLA fuses more of what is beside a plain convolution.
+    return from_stored(jnp.matmul, x, kernel[0]) if platform() == "cpu" else jnp.matmul(x, kernel[0])
 
 
 def mean_of_product(mean: jax.Array, kernel: jax.Array) -> jax.Array:
