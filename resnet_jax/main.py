@@ -29,7 +29,10 @@ flags.DEFINE_list(
     "seeds", None, "Several runs, one a seed (--seeds=0,1,2), each in its own folder seed_<N> of workdir."
 )
 flags.DEFINE_integer(
-    "seeds_at_once", 1, "How many of --seeds train in one program, where one does not fill the devices.", lower_bound=1
+    "seeds_at_once",
+    1,
+    "How many of --seeds train in one program: of small images on the devices, which one network does not fill.",
+    lower_bound=1,
 )
 flags.DEFINE_string("coordinator", None, "Several processes started by hand: HOST:PORT of process 0.")
 flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)

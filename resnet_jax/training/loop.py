@@ -80,7 +80,7 @@ class Training:
         going = [run for run in self._runs if run.begin()]
         if going and not min(run.step for run in going):
             first = going[0]
-            what = first.task.name if len(going) == 1 else f"{len(going)} times {first.task.name}"
+            what = first.task.name if len(going) == 1 else f"{len(going)} runs of {first.task.name} at once"
             first.console.line(
                 f"training {what} ({first.task.parameters:,} parameters) for {first.task.total_steps} steps of"
                 f" {first.task.examples_per_step} images on {self._mesh.size} {jax.devices()[0].device_kind}"

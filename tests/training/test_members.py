@@ -100,7 +100,7 @@ def test_seeds_trained_at_once_are_those_trained_alone(alone, tmp_path, monkeypa
     first, second = (found_in(tmp_path / f"seed_{seed}")[0] for seed in (0, 1))
     assert not np.allclose(first["params"]["head"]["kernel"], second["params"]["head"]["kernel"])
     said = capsys.readouterr().out
-    assert "seed 0: training 3 times tiny" in said
+    assert "seed 0: training 3 runs of tiny at once" in said
     assert all(f"seed {seed}: step 8  test: " in said for seed in SEEDS)
     assert "seed 1: step 3/11" not in said  # One shows how it goes on.
     found, expected = (json.loads((workdir / "seeds.json").read_text()) for workdir in (tmp_path, alone))
