@@ -6,7 +6,7 @@
 ResNet-20 on CIFAR-10 (the config), 128 images a step; without --config.data.dir of random pixels. Data (uint8) and
 augmentation (zero-padded crop, mirror) are on the device in all. Ours bare is the jitted step alone, its batches of
 indices on the device beforehand: one step a dispatch, and on accelerators --steps_per_dispatch of them, as main does,
-also of --seeds_at_once networks, whose images per second are those of all, and times those of one network's batch.
+also of --seeds_at_once networks: the images of all of them in a second, and the time of a step divided by their number.
 Main is `python -m resnet_jax.main` in a process of its own, logging and saving as it goes: what it reports of its
 windows after the first two, in which it compiles. torch crops and mirrors by indexing, channels_last. All have the same
 network and begin with the same weights; logits are compared, in float32, before the clock starts. BN is over the whole

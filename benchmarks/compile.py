@@ -24,7 +24,7 @@ import time
 from absl import flags
 import turns
 
-from resnet_jax import cli, config as config_lib
+from resnet_jax import cli, compilation, config as config_lib
 from resnet_jax.errors import UsageError
 from resnet_jax.planning.chips import ENVIRONMENT
 
@@ -131,6 +131,7 @@ def main(overrides: list[tuple[str, str]]) -> int:
         raise UsageError('fields go into --steps, as in --steps="cifar_110 model.scan=true"')
     if FLAGS.topology != "local":
         os.environ |= ENVIRONMENT
+        compilation.leave_convolutions()
     if FLAGS.peer:
         print(json.dumps(compile_peer(FLAGS.peer)))
         return 0

@@ -21,7 +21,7 @@ import comparison
 from comparison import FLAX, OURS, Entry
 import turns
 
-from resnet_jax import cli
+from resnet_jax import cli, compilation
 from resnet_jax.errors import UsageError
 
 CHECKED = 2  # Images whose logits are compared.
@@ -202,6 +202,7 @@ def main(overrides: list[tuple[str, str]]) -> int:
         from resnet_jax.planning.chips import ENVIRONMENT
 
         os.environ |= ENVIRONMENT
+        compilation.leave_convolutions()
     # Nothing is to be learnt: with weights that ran away, numbers may become so small that CPUs are slow with them.
     changes = {"data.placement": "stream", "schedule.learning_rate": 1e-9, "model.batch_norm": "per_device"}
     changes |= {"data.image_size": FLAGS.image_size}

@@ -18,21 +18,41 @@ _NAME = "compiled"  # The default folder, in the user's cache.
 _DAYS, _BYTES = 30, 4 << 30  # What is older, or beyond so much in all, is removed.
 
 _LIBRARY = "--xla_cpu_experimental_ynn_fusion_type"  # What XLA:CPU leaves to YNNPACK.
-_TRIED = ((0, 10, 2), (0, 13))  # Versions of jaxlib that know it, from and below; others might end the process.
+_OWN = f"{_LIBRARY}=-individual_convolution"
+_KNOWN = ((0, 10, 2), (0, 13))  # From this version of jaxlib and below that; a flag that others don't know ends them.
+_PLUGINS = ("PJRT_NAMES_AND_LIBRARY_PATHS", "TPU_LIBRARY_PATH")  # By which JAX finds compilers, besides packages.
 
 
 def use_own_convolutions() -> None:
     """Has XLA:CPU compute convolutions itself, which some versions leave to YNNPACK.
 
-    That takes up to 3.7 times as long for kernels' gradients (``benchmarks/RESULTS.md``). Nothing is changed where
-    accelerators may be, whose compilers read the same variable, or where it says already what to leave.
+    That takes up to four times as long for kernels' gradients (``benchmarks/RESULTS.md``). Nothing is changed where
+    accelerators may be, whose compilers read the same variable, or where that says already what to leave, or names a
+    file. To be called before JAX starts, as commands do.
     """
-    version = tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("jaxlib"))[:3])
-    accelerators = importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu")
-    given = os.environ.get("XLA_FLAGS", "")
-    alone = os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerators
-    if alone and _TRIED[0] <= version < _TRIED[1] and _LIBRARY not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {_LIBRARY}=-individual_convolution".strip()
+    given = os.environ.get("XLA_FLAGS", "").strip()
+    if _LIBRARY in given or (given and not given.startswith("-")):
+        return
+    if os.environ.get("JAX_PLATFORMS") != "cpu" and _accelerators():
+        return
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("jaxlib"))[:3])
+        if _KNOWN[0] <= version < _KNOWN[1]:
+            os.environ["XLA_FLAGS"] = f"{given} {_OWN}".strip()
+
+
+def leave_convolutions() -> None:
+    """Takes back what ``use_own_convolutions`` has said, where a compiler of another version will read it."""
+    if _OWN in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(_OWN, "").strip()
+
+
+def _accelerators() -> bool:
+    """Whether JAX may find any."""
+    packages = importlib.metadata.entry_points(group="jax_plugins") or any(
+        importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu")
+    )
+    return bool(packages) or any(name in os.environ for name in _PLUGINS)
 
 
 def keep_programs() -> None:

@@ -60,7 +60,8 @@ _FIELDS = (
           " at any depth: true, false, or auto (on accelerators, blocks of two layers; slow elsewhere).",
           ("auto", "true", "false"), recipe=False),
     Field("model.remat", False, "", "Keep only the blocks' inputs for the backward pass and compute the rest again:"
-          " memory for time (residual nets). Loops keep convolutions' results alone as it is.", recipe=False),
+          " memory for time (residual nets). Loops recompute all but convolutions, products and sums anyway.",
+          recipe=False),
     Field("model.space_to_depth", False, "", "Compute the 7x7 stem on 2x2 blocks of pixels: the same weights and"
           " output, faster on some devices.", recipe=False),
     Field("model.zero_init_last", False, "", "Start the last BN scale of each block at zero (residual nets)."),

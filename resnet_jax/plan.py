@@ -16,7 +16,7 @@ import sys
 
 from absl import flags
 
-from resnet_jax import cli, config as config_lib
+from resnet_jax import cli, compilation, config as config_lib
 from resnet_jax.errors import UsageError
 from resnet_jax.planning.chips import ENVIRONMENT
 
@@ -45,6 +45,7 @@ def main(overrides: list[tuple[str, str]]) -> int:
         raise UsageError(f"--config={FLAGS.config} is of task={config.task}; plan knows classification alone")
     if FLAGS.topology != "local":
         os.environ |= ENVIRONMENT
+        compilation.leave_convolutions()
 
     from resnet_jax.classification.planned import plan  # JAX starts here, after its settings.
     from resnet_jax.planning.links import scaling_table

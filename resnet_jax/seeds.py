@@ -52,7 +52,8 @@ def run_seeds(
             own = config.copy_and_resolve_references()
             own.seed = seed
             members.append(Member(own, workdir / f"seed_{seed}", f"seed {seed}" if at_once > 1 else ""))
-        print(f"seed {', '.join(str(member.config.seed) for member in members)}", flush=True)
+        if distributed.leads():
+            print(f"seed {', '.join(str(member.config.seed) for member in members)}", flush=True)
         status = run_members(members, mode, explicit, whole_runs=at_once > 1)
         if status:
             return status

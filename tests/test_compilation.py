@@ -110,39 +110,54 @@ KERNELS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 
 
 @pytest.mark.parametrize(
-    ("version", "platforms", "given", "expected"),
+    ("version", "plugins", "variables", "expected"),
     [
-        ("0.10.2", "cpu", None, KERNELS),
-        ("0.12.0.1", "cpu", "--xla_force_host_platform_device_count=2",
-         f"--xla_force_host_platform_device_count=2 {KERNELS}"),
-        ("0.10.2", "cpu", "--xla_cpu_experimental_ynn_fusion_type=", "--xla_cpu_experimental_ynn_fusion_type="),
-        ("0.9.3", "cpu", None, None),
-        ("0.13.0", "cpu", None, None),
-        ("0.10.2", "", None, None),  # With a plugin, whatever it is for.
-        ("0.10.2", "cuda", "--a=b", "--a=b"),
+        ("0.10.2", False, {}, KERNELS),
+        ("0.10.2", True, {"JAX_PLATFORMS": "cpu"}, KERNELS),
+        ("0.12.0.1", False, {"XLA_FLAGS": "--xla_dump_to=x"}, f"--xla_dump_to=x {KERNELS}"),
+        ("0.10.2", False, {"XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type="},
+         "--xla_cpu_experimental_ynn_fusion_type="),
+        ("0.10.2", False, {"XLA_FLAGS": "flags.txt"}, "flags.txt"),  # Where more flags would be part of the name.
+        ("0.9.3", False, {}, None),
+        ("0.13.0", False, {}, None),
+        ("0.10.2", True, {}, None),
+        ("0.10.2", True, {"JAX_PLATFORMS": "cuda"}, None),
+        ("0.10.2", False, {"TPU_LIBRARY_PATH": "libtpu.so"}, None),
     ],
 )  # fmt: skip
-def test_cpus_compute_convolutions_by_kernels_of_their_own(version, platforms, given, expected, monkeypatch):
+def test_cpus_compute_convolutions_by_kernels_of_their_own(version, plugins, variables, expected, monkeypatch):
+    found = ["cuda"] if plugins else []
     monkeypatch.setattr(compilation.importlib.metadata, "version", lambda name: {"jaxlib": version}[name])
-    monkeypatch.setattr(compilation.importlib.metadata, "entry_points", lambda group: {"jax_plugins": ["cuda"]}[group])
-    monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    if given is not None:
-        monkeypatch.setenv("XLA_FLAGS", given)
+    monkeypatch.setattr(compilation.importlib.metadata, "entry_points", lambda group: {"jax_plugins": found}[group])
+    monkeypatch.setattr(compilation.importlib.util, "find_spec", lambda name: None)
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS", "TPU_LIBRARY_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     compilation.use_own_convolutions()
     assert os.environ.get("XLA_FLAGS") == expected
+    compilation.leave_convolutions()
+    assert KERNELS not in os.environ.get("XLA_FLAGS", "")
 
 
-def test_this_jax_understands_what_it_is_told():
+def test_this_jax_does_as_it_is_told():
     program = """
 from resnet_jax.compilation import use_own_convolutions
 use_own_convolutions()
 import jax
-shapes = jax.ShapeDtypeStruct((8, 32, 32, 16), "float32"), jax.ShapeDtypeStruct((3, 3, 16, 16), "float32")
+shapes = jax.ShapeDtypeStruct((128, 32, 32, 16), "float32"), jax.ShapeDtypeStruct((3, 3, 16, 16), "float32")
 convolve = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-print("ynn" in jax.jit(convolve).lower(*shapes).compile().as_text())
+gradient = jax.jit(jax.grad(lambda k, x: jax.numpy.sin(convolve(x, k)).sum()))
+print("ynn" in gradient.lower(*shapes[::-1]).compile().as_text())
 """
-    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environ |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+    def uses_the_library(**variables: str) -> str:
+        environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        environ |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **variables}
+        done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert uses_the_library() == "False"
+    # Else there is nothing to be said to it any more.
+    assert uses_the_library(XLA_FLAGS=KERNELS.replace("-individual", "+individual")) == "True"

@@ -14,7 +14,10 @@ Bilinear = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, pad: int) -> jax.Array:
-    """The convolution of [N, H, W, C_in] with [size, size, C_in, C_out], ``pad`` zeros on every side."""
+    """The convolution of [N, H, W, C_in] with [size, size, C_in, C_out], ``pad`` zeros on every side.
+
+    On CPUs JAX differentiates it in reverse mode alone (``jax.grad``, not ``jax.jvp``): see ``from_stored``.
+    """
     if platform() != "cpu":
         return _convolution(x, kernel, stride=stride, pad=pad)
     if kernel.shape[0] == 1 and not pad:
@@ -38,7 +41,7 @@ def from_stored(function: Bilinear, x: jax.Array, kernel: jax.Array) -> jax.Arra
     """``function(x, kernel)``, bilinear; the gradients are computed from arrays that lie in memory.
 
     XLA:CPU would fuse what makes x and the output's gradient, as BN and ReLU, into the transpositions that the kernel's
-    gradient needs, and so compute it element by element at long strides: up to half of a step's time
+    gradient needs, and so compute it element by element at long strides; this spares 8 to 21% of a step
     (``benchmarks/RESULTS.md``).
     """
     return function(x, kernel)
@@ -51,15 +54,18 @@ def _forward(function: Bilinear, x: jax.Array, kernel: jax.Array) -> tuple[jax.A
 def _backward(function: Bilinear, saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[Any, Any]:
     x, kernel = saved
     gradient = _stored(gradient)
-    _, of_x = jax.vjp(lambda x: function(x, kernel), x)
-    _, of_kernel = jax.vjp(partial(function, _stored(x)), kernel)
+    of_x = jax.linear_transpose(lambda x: function(x, kernel), x)
+    of_kernel = jax.linear_transpose(partial(function, _stored(x)), kernel)
     return *of_x(gradient), *of_kernel(gradient)
 
 
 from_stored.defvjp(_forward, _backward)
 
 
+_identity = jax.jit(lambda x: x + 0, inline=False)
+
+
 def _stored(x: jax.Array) -> jax.Array:
     """``x``, which no fusion reaches into: XLA:CPU looks through ``optimization_barrier``, but not into such a call."""
     with set_xla_metadata(inlineable="false"):
-        return jax.jit(lambda x: x + 0, inline=False)(x)
+        return _identity(x)

@@ -72,8 +72,8 @@ class Stage(nn.Module):
         def layer(number: int, name: str, scanned: bool = False) -> Block:
             kind = Block
             if self.remat or scanned:
-                # A loop keeps forward and backward pass apart by itself.
                 policy = None if self.remat else keep_linear
+                # A loop keeps forward and backward pass apart by itself.
                 kind = nn.remat(Block, static_argnums=2, prevent_cse=not scanned, policy=policy)
             return kind(stride=self.stride if number == 1 else 1, name=name, **self.block)
 
@@ -120,7 +120,8 @@ class ResNet(nn.Module):
       space_to_depth: compute the ImageNet stem's convolution on 2x2 blocks of pixels, the same weights and output.
       stacked: store runs of identical blocks together where they are long (``stacking``).
       scan: run what is stored together as a loop, which compiles in a time that does not grow with depth; a loop is
-        slow where convolutions are library calls that loops hinder, as on CPUs (jax issue 12868).
+        slow where convolutions are library calls that loops hinder, as on CPUs (jax issue 12868). It keeps no more for
+        the backward pass than ``keep_linear`` says.
       remat: keep no more of a block than its input for the backward pass, and compute the rest again.
       last_stride: of the last stage: 2, or 1 where a detector pools regions to the 7x7 that it would leave.
       batch_norm_momentum: how much of the running statistics a step keeps.

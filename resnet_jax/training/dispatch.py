@@ -43,8 +43,8 @@ class Dispatch:
         self.window = Window()
         self.profile = Profile(config.profile.steps, run.workdir / "profile", self.window.pause, run.console.line)
         between_events = math.gcd(config.log.every, config.eval.every, config.checkpoint.every)
-        alone = self._task.streams or jax.default_backend() == "cpu"
-        self._steps = 1 if self._task.streams else steps or (1 if alone else between_events)
+        usual = 1 if jax.default_backend() == "cpu" else between_events
+        self._steps = 1 if self._task.streams else steps or usual
         self._programs: dict[tuple[bool, int], Callable[..., Any]] = {}
         self._called: tuple[Callable[..., Any], Any] | None = None  # What was called last, with which shapes,
         self._kind: Any = None  # and what told it from others.
@@ -136,7 +136,7 @@ class Dispatch:
         """What to do about a step that the devices' memory was too small for; None of another error."""
         if not self._called or not memory.is_out_of_memory(error):
             return None
-        if self._whole_runs:
+        if self._whole_runs and self._kind[1] > 1:
             return "so many runs at once are too much for a device; a smaller --seeds_at_once needs less"
         config = self._config
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

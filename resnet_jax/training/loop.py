@@ -151,7 +151,7 @@ class Training:
                     run.take_in(step, taken)
 
     def _save(self, runs: Sequence[Run]) -> None:
-        """Saves those of the group; only finite states are saved."""
+        """Saves these runs, none of whose states is not finite."""
         if runs:
             self._take_in()
             self._dispatch.window.pause()

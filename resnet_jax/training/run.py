@@ -34,7 +34,7 @@ class Run:
       task, config, workdir: what is trained, how and where.
       console: tells people.
       step: how many steps it has made.
-      state: after them; None once the run has ended.
+      state: after them; None once the run has ended or was evaluated.
       batches: those that follow.
       improved: whether the last evaluation, which no checkpoint follows yet, was the best so far.
       status: the exit status that the run has ended with; None while it goes on.
@@ -66,7 +66,7 @@ class Run:
         self.improved, self.status = False, None
         self._writer: MetricsWriter | None = None
         self._saved_at = self._started = time.monotonic()
-        self._rate = 0.0  # Steps a second in the last window,
+        self._rate = 0.0  # Steps a second of those that were taken in last,
         self._wait = 0.0  # and the share of the time that they waited for data, %.
         self._last: Evaluation | None = None  # Of the validation split; at the end, the final state's.
         self.state, self.step, self._record = self._resume()
@@ -250,7 +250,7 @@ class Run:
         """
         self._checkpoints.close()
         protocol, state = self.config.eval.protocol, self.state
-        self.state = None  # A changed one takes its memory.
+        self.state = None  # Who changes it may let go of it.
         try:
             state = change(state, polling(stop, self.step)) if change else state
             evaluation = evaluate(self.task, self.config, state, "test", self.step, stop, protocol)
