@@ -138,7 +138,8 @@ def main() -> None:
     save, finish = Run.save, Checkpoints._finish
 
     def saving(self: Run) -> None:
-        phases.tell("save", step=self.step)
+        if self.step:
+            phases.tell("save", step=self.step)
         save(self)
 
     def finishing(self: Checkpoints, response: Any, step: int, *rest: Any) -> None:

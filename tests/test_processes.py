@@ -307,8 +307,8 @@ def test_a_save_that_fails_in_one_process_alone_ends_all_and_the_run_goes_on_fro
 
 @pytest.mark.slow
 def test_several_seeds_by_two_processes(tmp_path):
-    wait = "loop.write_results = lambda *a, write=loop.write_results: (time.sleep(3), write(*a))\n"
-    slow_leader = TINY.replace("sys.argv[0]", f"import time\nfrom resnet_jax.training import loop\n{wait}sys.argv[0]")
+    wait = "run.write_results = lambda *a, write=run.write_results: (time.sleep(3), write(*a))\n"
+    slow_leader = TINY.replace("sys.argv[0]", f"import time\nfrom resnet_jax.training import run\n{wait}sys.argv[0]")
     ends = run(2, f"--workdir={tmp_path / 'run'}", "--config.steps=3", "--seeds=0,1", code=slow_leader)
     went_well(ends)
     found = json.loads((tmp_path / "run/seeds.json").read_text())
