@@ -97,10 +97,10 @@ def run_members(members: Sequence[Member], mode: str, explicit: Collection[str],
             tasks.append(_make_task(member.config, member.workdir, mesh, mode, explicit))
             if len(tasks) > 1:
                 tasks[-1].share_data(tasks[0])
-        for member, task in zip(members, tasks, strict=True):
+        writes = [
             _claim(member.config, member.workdir, task, mode, explicit, stack)
-        # Another command's settings are not the run's.
-        writes = [mode == "train" or latest_step(member.workdir) is None for member in members]
+            for member, task in zip(members, tasks, strict=True)
+        ]
         runs = [
             Run(task, member.config, member.workdir, mesh, write, member.name)
             for member, task, write in zip(members, tasks, writes, strict=True)
@@ -160,14 +160,15 @@ def _claim(
     mode: str,
     explicit: Collection[str],
     stack: contextlib.ExitStack,
-) -> None:
-    """Writes what a run is into its work directory, which is locked until ``stack`` is left."""
+) -> bool:
+    """Writes what a run is into its work directory, which is locked until ``stack`` is left; false where it may not."""
     if mode != "train" and latest_step(workdir) is not None:
-        return
+        return False  # Another command's settings are not the run's.
     if distributed.leads():
         open_workdir(workdir, flatten(config), task.description | {"explicit": sorted(explicit)})
         stack.enter_context(lock(workdir / ".lock", f"--workdir={workdir}: another process is training there"))
     check_shared(workdir)
+    return True
 
 
 def _calibrate(run: Run, state: TrainState, poll: Callable[[], None]) -> TrainState:

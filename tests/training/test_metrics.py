@@ -9,6 +9,7 @@ import sys
 import types
 
 from jax import numpy as jnp
+import numpy as np
 import pytest
 
 from resnet_jax.output import write_json, write_whole
@@ -182,7 +183,10 @@ def test_a_step_that_is_not_finite_is_named(bad):
 
 
 def test_other_metrics_need_not_be_finite():
-    Record().take_in(1, 0, metrics(2.0, top1_error=float("nan")))
+    record = Record()
+    record.take_in(1, 0, metrics(2.0, top1_error=float("nan")))
+    assert record.epoch_average("loss") == 2.0
+    assert np.isnan(record.epoch_average("top1_error"))
 
 
 def test_a_window_gives_back_every_step_of_single_and_of_joint_dispatches():
